@@ -1,0 +1,86 @@
+"""What every architecture file answers: where the image tokens sit in attention, and which blocks form the stack."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+Grid = tuple[int, int, int]  # (T, H, W) in tokens
+Kind = Literal["self", "joint", "cross", "other"]  # image only; image and text in one sequence; image onto text; rest
+Place = Literal["prefix", "suffix", "none"]  # where text and other tokens sit beside the image tokens
+Latent = torch.Tensor | Sequence[torch.Tensor]  # what diffusion_model.forward receives; a list for video and audio
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Tokens of one attention call. image covers exactly prod(grid) tokens; the others are text, registers,
+    reference images or padding. Row-major (t, h, w)."""
+
+    grid: Grid
+    image: slice  # the image tokens in the sequence
+    total: int  # tokens in the sequence
+
+    @property
+    def others(self) -> int:
+        return self.total - (self.image.stop - self.image.start)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """One list of transformer blocks, in the order in which they run. The model may add control residuals in place to
+    what a block returns, so a kept output must be a clone whatever `mutates` says."""
+
+    path: str  # attribute of the diffusion model, e.g. "double_blocks": a ModuleList or ModuleDict
+    streams: tuple[str, ...]  # residual tensors a block takes and returns, by argument name, e.g. ("img", "txt");
+    #                           the image's first. A stream may itself be a tuple (video, audio)
+    replace: str | None = None  # key in patches_replace["dit"], e.g. "double_block"; None: the forward is wrapped
+    calls: tuple[Kind, ...] = ("self",)  # attention calls of one block, in order; a block may make only the first ones
+    positions: tuple[int, ...] = ()  # forward-wrapped blocks: positional index of each stream when not a keyword
+    mutates: bool = False  # the block writes into its input tensors: clone before keeping one
+    joined: bool = False  # text and image are one sequence in the first stream, ordered as Arch.place says
+    axes: str = "BND"  # of the first stream: Batch, Tokens N (or T, H, W apart), Dim
+    stack: bool = True  # False: refiners and other lists outside the residual stack
+
+
+def unpadded(_: Any) -> int:
+    return 1
+
+
+@dataclass(frozen=True)
+class Arch:
+    """One DiT family. Every function takes the diffusion model and reads sizes from it; nothing is guessed. Attention
+    calls outside the listed blocks (text refiners, audio) are of kind "other"."""
+
+    name: str  # words for messages, e.g. "Flux"
+    home: str  # package below comfy.ldm that defines the classes, e.g. "flux"
+    classes: tuple[str, ...]  # class names of the diffusion model
+    blocks: tuple[Blocks, ...]
+    grid: Callable[[Any, Latent], Grid]  # (diffusion model, its x) -> token grid
+    place: Place = "none"
+    override: bool = True  # optimized_attention_override reaches its attention
+    wrapper: bool = True  # has the DIFFUSION_MODEL wrapper
+    indexed: bool = True  # publishes block_index and block_type to the override
+    pad: Callable[[Any], int] = unpadded  # text and image are each padded at their end to a multiple of this
+    opaque: tuple[str, ...] = ()  # arguments of forward that, when given, make the token layout unknown
+    unordered: bool = False  # image tokens without places: nothing is near anything else
+    notes: str = ""
+    limits: dict[str, str] = field(default_factory=dict)  # "attention" or "blocks": why it cannot be served, for users
+
+
+def video(x: Latent) -> torch.Tensor:
+    """The image or video part of a model's input."""
+    return x if isinstance(x, torch.Tensor) else x[0]
+
+
+def patched(x: Latent, patch: Sequence[int]) -> Grid:
+    """Latent [B, C, (T,) H, W] cut into patches (t, h, w), ragged edges padded -> token grid."""
+    x = video(x)
+    t = x.shape[2] if x.ndim == 5 else 1
+    h, w = x.shape[-2:]
+    return (-(-t // patch[0]), -(-h // patch[1]), -(-w // patch[2]))
+
+
+def square(patch: int) -> tuple[int, int, int]:
+    """Patches of one frame, patch x patch."""
+    return (1, patch, patch)

@@ -1,0 +1,23 @@
+"""HunyuanDiT: image tokens alone in self-attention; the second half of the blocks takes long skips from the first."""
+
+from ._layout import Arch, Blocks, patched, square
+
+
+def grid(model, x):
+    """Patches of 2."""
+    return patched(x, square(model.patch_size))
+
+
+ARCHS = (
+    Arch(
+        "HunyuanDiT",
+        "hydit",
+        ("HunYuanDiT",),
+        (Blocks("blocks", ("img",), "double_block", ("self", "cross")),),
+        grid,
+        override=False,
+        wrapper=False,
+        indexed=False,
+        limits={"attention": "HunyuanDiT does not pass ComfyUI's attention override on."},
+    ),
+)

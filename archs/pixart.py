@@ -1,0 +1,23 @@
+"""PixArt alpha and sigma: image tokens alone in self-attention, text in cross-attention."""
+
+from ._layout import Arch, Blocks, patched, square
+
+
+def grid(model, x):
+    """Patches of 2."""
+    return patched(x, square(model.patch_size))
+
+
+ARCHS = (
+    Arch(
+        "PixArt",
+        "pixart",
+        ("PixArtMS",),
+        (Blocks("blocks", ("x",), calls=("self", "cross"), positions=(0,)),),
+        grid,
+        override=False,
+        wrapper=False,
+        indexed=False,
+        limits={"attention": "PixArt does not pass ComfyUI's attention override on."},
+    ),
+)

@@ -1,0 +1,1 @@
+"""Attention kernels, [B, H, N, D]."""

@@ -1,0 +1,1 @@
+"""Kernels of the cache accelerators: forecasts and change measures over stored features."""

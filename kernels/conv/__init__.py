@@ -1,0 +1,1 @@
+"""Convolutions over the token grid, channels last."""

@@ -1,0 +1,1 @@
+"""Linear attention: operators whose cost grows with the number of tokens, [B, H, N, D]."""

@@ -1,0 +1,1 @@
+"""Normalisation, modulation and gated residuals, fused."""

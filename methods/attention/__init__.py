@@ -1,0 +1,1 @@
+"""Attention methods: which pairs are computed, and how."""

@@ -1,0 +1,61 @@
+"""What an attention method sees and answers."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from ...archs import Kind, Layout
+
+
+class Decline(Exception):
+    """Raised by a method that leaves a call to the next plan; the message is the reason that reports count."""
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One call. q [B, H, N, D]; k, v [B, Hkv, M, D], grouped heads not expanded; RoPE already applied."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    mask: torch.Tensor | None  # additive or bool, broadcast to [B, H, N, M]
+    scale: float
+    kind: Kind
+    layout: Layout | None  # None where the call is not image self-attention of a known shape
+    block: Any  # its place in the residual stack: .number of .count
+    forward: Any  # the call of the diffusion model it belongs to: .run.clock, .keys (streams of the batch rows)
+
+    def key_bias(self) -> torch.Tensor | None:
+        """The mask as an additive bias over keys [B, M] fp32. ValueError where it differs between queries or heads."""
+        if self.mask is None:
+            return None
+        mask = self.mask
+        if mask.shape[-2] != 1 or mask.shape[1] != 1:
+            first = mask[:, :1, :1]
+            if not torch.equal(mask, first.expand_as(mask)):
+                raise ValueError("attention mask differs between queries")
+            mask = first
+        bias = mask[:, 0, 0]
+        if bias.dtype == torch.bool:
+            bias = torch.zeros(bias.shape, device=bias.device).masked_fill(~bias, float("-inf"))
+        return bias.float().expand(self.q.shape[0], -1)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a method computed: out [B, H, N, D], and query-key pairs summed over rows and heads."""
+
+    out: torch.Tensor
+    pairs: float
+    dense_pairs: float
+
+
+class AttentionMethod(Protocol):
+    """An attention method: immutable settings, state only in what `begin` returns."""
+
+    def begin(self) -> Any:
+        """What the method keeps during one sampling run."""
+
+    def attend(self, state: Any, call: AttentionCall) -> Answer:
+        """Serves the call, or raises Decline."""

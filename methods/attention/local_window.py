@@ -1,0 +1,205 @@
+"""Local window attention: the training-free part of CLEAR (arXiv 2412.16112, section 3).
+
+An image query at (t, y, x) sees every token that is not of the image and the image keys within its window:
+dy^2 + dx^2 < r^2 (circle) or |dy| < r and |dx| < r (square), both strict, and |dt| <= temporal radius, which is ours
+(CLEAR is for images). All other queries see everything. Softmax and scale stay as they are, after RoPE.
+
+The image tokens are reordered so that a block of them is a compact patch; the list of a query block names exactly the
+key blocks that hold a pair within the window, and the element rule is applied only where a block pair is partly inside.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from ...archs import Layout
+from ...kernels._triton import gathers
+from ...kernels.attention.block_sparse import block_sparse
+from ...kernels.attention.gather import Chunk, Lists, Rule, chunks, outputs
+from ...kernels.attention.gather import attend as attend_chunks
+from ...kernels.attention.reorder import compact_order, coordinates, inverse
+from ._block_map import block_map, lists
+from .call import Answer, AttentionCall, Decline
+
+HELD_BYTES = 256 << 20  # masks that a plan keeps between calls on a CPU; larger ones are made anew for each call
+METRICS = ("circle", "square")
+
+
+@dataclass(frozen=True)
+class Window:
+    """radius in tokens >= 1, temporal_radius in frames >= 0 (0: the same frame)."""
+
+    radius: int
+    metric: str = "circle"
+    temporal_radius: int = 0
+
+    def __post_init__(self):
+        if self.metric not in METRICS:
+            raise ValueError(f"Unknown window metric {self.metric!r}. Use circle or square.")
+        if self.radius < 1 or self.temporal_radius < 0:
+            raise ValueError(
+                f"A window needs radius >= 1 and temporal radius >= 0, got {self.radius} and {self.temporal_radius}."
+            )
+
+    def inside(self, dt: torch.Tensor, dy: torch.Tensor, dx: torch.Tensor) -> torch.Tensor:
+        """Distances >= 0 along each axis -> bool."""
+        if self.metric == "circle":
+            near = dy * dy + dx * dx < self.radius**2
+        else:
+            near = (dy < self.radius) & (dx < self.radius)
+        return near & (dt <= self.temporal_radius)
+
+    def spans(self, grid: tuple[int, int, int]) -> bool:
+        """Whether every image token sees the whole grid."""
+        return bool(self.inside(*(torch.tensor(n - 1) for n in grid)))
+
+    def pairs(self, grid: tuple[int, int, int]) -> int:
+        """Image pairs (query, key) within the window, borders counted."""
+        t, h, w = (torch.arange(1 - n, n) for n in grid)
+        near = self.inside(torch.tensor(0), h.abs()[:, None], w.abs()[None, :])
+        space = (near * (grid[1] - h.abs())[:, None] * (grid[2] - w.abs())[None, :]).sum()
+        time = ((t.abs() <= self.temporal_radius) * (grid[0] - t.abs())).sum()
+        return int(space * time)
+
+
+@dataclass(frozen=True, eq=False)
+class WindowPlan:
+    """Lists for one layout. Tokens in `order`: the image's compact, then all others. dense: the window spans the grid,
+    and no list is made."""
+
+    layout: Layout
+    window: Window
+    block: tuple[int, int]  # (queries, keys) of a block, tokens
+    dense: bool
+    pairs: int  # element pairs that the window allows
+    block_pairs: int = 0  # listed
+    dense_block_pairs: int = 0
+    computed: int = 0  # element pairs of the listed block pairs
+    order: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    back: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    coords: torch.Tensor = field(default_factory=lambda: torch.empty(0, 3, dtype=torch.int32))  # t = -1: no image token
+    idx: torch.Tensor = field(default_factory=lambda: torch.empty(1, 1, 0, 0, dtype=torch.int32))
+    cnt: torch.Tensor = field(default_factory=lambda: torch.empty(1, 1, 0, dtype=torch.int32))
+    mode: torch.Tensor = field(default_factory=lambda: torch.empty(1, 1, 0, 0, dtype=torch.int8))
+    held: dict[int, list[Chunk]] = field(default_factory=dict, init=False)  # by bytes of a token
+
+    @property
+    def dense_pairs(self) -> int:
+        return self.layout.total**2
+
+
+def default_block(device: torch.device) -> tuple[int, int]:
+    """(queries, keys): the tile of the GPU kernel; on a CPU many queries and few keys, which follow a disc closely."""
+    return (128, 16) if gathers(device) else (128, 64)
+
+
+def build(
+    layout: Layout,
+    radius: int,
+    metric: str = "circle",
+    temporal_radius: int = 0,
+    block: tuple[int, int] | None = None,
+    device: torch.device | str = "cpu",
+) -> WindowPlan:
+    """The plan of one layout: made on the CPU, then moved to `device`. ValueError for a window that is none."""
+    device = torch.device(device)
+    window = Window(radius, metric, temporal_radius)
+    block = block or default_block(device)
+    total, image = layout.total, layout.image.stop - layout.image.start
+    pairs = total**2 - image**2 + window.pairs(layout.grid)
+    if window.spans(layout.grid):
+        return WindowPlan(layout, window, block, True, pairs, computed=total**2)
+    reach = (1 / (2 * temporal_radius + 1), 1 / (2 * radius), 1 / (2 * radius))
+    compact = compact_order(layout.grid, block, reach)
+    others = torch.cat([torch.arange(layout.image.start), torch.arange(layout.image.stop, total)])
+    order = torch.cat([compact + layout.image.start, others])
+    coords = torch.full((total, 3), -1, dtype=torch.int32)
+    coords[:image] = coordinates(layout.grid)[compact].int()
+    listed, whole = block_map(coords, window.inside, block)
+    idx, cnt, mode = lists(listed, whole)
+    lengths = [torch.full((n,), size) for n, size in zip(listed.shape, block, strict=True)]
+    for length, size in zip(lengths, block, strict=True):
+        length[-1] = total - (len(length) - 1) * size
+    computed = int((listed * lengths[0][:, None] * lengths[1][None, :]).sum())
+    tensors = (x.to(device) for x in (order, inverse(order), coords, idx, cnt, mode))
+    listed_pairs = int(listed.sum())
+    return WindowPlan(layout, window, block, False, pairs, listed_pairs, listed.numel(), computed, *tensors)
+
+
+def attend(
+    plan: WindowPlan,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float | None = None,
+    key_bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """q [B, H, N, D]; k, v [B, Hkv, N, D], any strides, N = plan.layout.total; key_bias fp32 [B, N] or None, added to
+    the logits. -> [B, H, N, D]. ValueError when the token count is another."""
+    total = plan.layout.total
+    if q.shape[2] != total or k.shape[2] != total:
+        raise ValueError(f"This window plan is for {total} tokens, got {q.shape[2]} queries and {k.shape[2]} keys.")
+    if plan.dense:
+        bias = None if key_bias is None else key_bias[:, None, None, :].to(q.dtype)
+        return F.scaled_dot_product_attention(q, k, v, bias, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    if gathers(q.device):
+        return _gathered(plan, q, k, v, q.shape[3] ** -0.5 if scale is None else scale, key_bias)
+    q, k, v = (x.index_select(2, plan.order) for x in (q, k, v))
+    weight = None if key_bias is None else key_bias.float().index_select(-1, plan.order)
+    lists = plan.idx, plan.cnt, plan.mode, plan.coords, plan.coords, weight
+    numbers = plan.window.metric, plan.window.radius, plan.window.temporal_radius, scale, *plan.block
+    return block_sparse(q, k, v, *lists, *numbers)[0].index_select(2, plan.back)
+
+
+def _gathered(plan: WindowPlan, q, k, v, scale: float, key_bias: torch.Tensor | None) -> torch.Tensor:
+    """The CPU path: the order is applied while keys are gathered, and the masks of a small plan are kept."""
+    window, total = plan.window, plan.layout.total
+    token_bytes = 2 * k.shape[1] * k.shape[3] * k.element_size()
+    out, lse = outputs(q)
+    for b in range(q.shape[0]):
+        parts: Iterable[Chunk] = plan.held.get(token_bytes, ())
+        if token_bytes not in plan.held:
+            rule = Rule(window.metric, plan.coords, plan.coords, window.radius, window.temporal_radius)
+            lists = Lists(plan.idx[0, 0], plan.cnt[0, 0], plan.mode[0, 0], rule, (total, total), plan.block)
+            parts = chunks(lists, token_bytes, plan.order)
+            if 4 * plan.computed <= HELD_BYTES:
+                parts = plan.held[token_bytes] = list(parts)
+        weight = None if key_bias is None else key_bias[b].float()
+        attend_chunks(parts, q[b], k[b], v[b], scale, 1, out[b], lse[b], weight)
+    return out
+
+
+@dataclass(frozen=True)
+class LocalWindow:
+    """The method as the dispatcher sees it; settings as in Window. Plans are kept for one run, by layout and device."""
+
+    radius: int = 16
+    metric: str = "circle"
+    temporal_radius: int = 0
+    spatial: ClassVar[bool] = True  # means nothing where tokens have no places
+
+    def begin(self) -> dict[Any, WindowPlan]:
+        return {}
+
+    def attend(self, state: dict[Any, WindowPlan], call: AttentionCall) -> Answer:
+        q, layout = call.q, call.layout
+        if layout is None:
+            raise Decline("token layout unknown")
+        if (q.shape[2], call.k.shape[2]) != (layout.total, layout.total):
+            raise Decline("queries and keys are not the same tokens")
+        try:
+            bias = call.key_bias()
+        except ValueError as reason:
+            raise Decline(str(reason)) from reason
+        key = layout.grid, layout.image.start, layout.total, q.device
+        if key not in state:
+            state[key] = build(layout, self.radius, self.metric, self.temporal_radius, device=q.device)
+        plan = state[key]
+        if plan.dense:
+            raise Decline("the window spans the picture")
+        rows = q.shape[0] * q.shape[1]
+        out = attend(plan, q, call.k, call.v, call.scale, bias)
+        return Answer(out, rows * plan.computed, rows * plan.dense_pairs)

@@ -1,0 +1,39 @@
+"""One call of an attention method on small made-up inputs, so that its kernels are compiled before they are needed."""
+
+import importlib
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from ...archs import Layout
+from ...kernels import _offline
+from .call import AttentionCall
+
+SIDE = 40  # image tokens a side: more than a block of any kernel, little work for the references
+
+
+def rehearse(method: Any, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    """Lets the method serve a picture of SIDE x SIDE tokens after 16 text tokens, in token-major memory as models
+    hand it over."""
+    text, total = 16, 16 + SIDE * SIDE
+    sizes = heads, kv_heads, kv_heads
+    q, k, v = (torch.randn(1, total, n, head_dim).to(dtype).transpose(1, 2) for n in sizes)
+    layout = Layout((1, SIDE, SIDE), slice(text, total), total)
+    clock = SimpleNamespace(step=0, sigma=1.0, percent=0.0)
+    forward = SimpleNamespace(run=SimpleNamespace(clock=clock), keys=(0,))
+    block = SimpleNamespace(number=0, count=1)
+    method.attend(method.begin(), AttentionCall(q, k, v, None, head_dim**-0.5, "self", layout, block, forward))
+
+
+def main(job: dict[str, Any]) -> None:
+    """job: module (below the pack), name and settings of the method; heads, kv_heads, head_dim, dtype; target and table
+    of the GPU. Writes the names of the kernels that are ready to stdout."""
+    root = __package__.rsplit(".", 2)[0]
+    method = getattr(importlib.import_module(f"{root}.{job['module']}"), job["name"])(**job["settings"])
+    shape = job["heads"], job["kv_heads"], job["head_dim"], getattr(torch, job["dtype"])
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        ready = _offline.compile_for(tuple(job["target"]), job["table"], lambda: rehearse(method, *shape))
+    sys.stdout.write(" ".join(ready))

@@ -1,0 +1,1 @@
+"""Cache policies: what is stored of a model's evaluations, how it is forecast, and which evaluations are computed."""

@@ -1,0 +1,1 @@
+"""How close two runs are: errors, PSNR, SSIM."""

@@ -1,0 +1,44 @@
+from comfy_api.latest import io
+
+from ...methods.attention.local_window import LocalWindow
+from ...patching.attention import AttentionFeature
+from ...patching.run import attach
+from ...patching.widgets import where, where_inputs
+
+
+class LocalWindowAttention(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TesseraLocalWindowAttention",
+            display_name="Local Window Attention",
+            category="Tessera/attention",
+            description="Image tokens attend to the text and to image tokens within a radius, instead of to all. Large "
+            "pictures and videos gain most. Works with stock weights. A radius that spans the picture (and a temporal_radius that spans the clip) changes "
+            "nothing.",
+            search_aliases=["CLEAR", "sliding window", "neighborhood attention", "NATTEN", "sparse attention", "STA",
+                            "radial attention"],
+            inputs=[
+                io.Model.Input("model", tooltip="A Diffusion Transformer whose token layout is known."),
+                io.Int.Input("radius", default=16, min=1, max=512,
+                    tooltip="Reach in tokens (16 pixels each on FLUX, Wan and SD3), strictly less than this far. Higher is closer to the plain picture and slower."),
+                io.Combo.Input("metric", options=["circle", "square"],
+                    tooltip="Shape of the window: a disc of this radius, or a square of this half side."),
+                io.Int.Input("temporal_radius", default=0, min=0, max=512,
+                    tooltip="Video: reach in latent frames before and after the token's own. 0 is the same frame only; higher keeps motion and is slower."),
+                *where_inputs(),
+            ],
+            outputs=[io.Model.Output(tooltip="The MODEL with local attention. Connect it to the sampler or the next node.")],
+            hidden=[io.Hidden.unique_id],
+            not_idempotent=True,  # the node id is in the MODEL: two equal nodes must not share one cached result
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, model, radius, metric, temporal_radius, **shared):
+        feature = AttentionFeature(
+            cls.hidden.unique_id,
+            "Local Window Attention",
+            method=LocalWindow(radius, metric, temporal_radius),
+            **where(**shared),
+        )
+        return io.NodeOutput(attach(model, feature))

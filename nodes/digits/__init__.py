@@ -1,0 +1,1 @@
+"""Prompt and codec of the digit models."""

@@ -1,0 +1,196 @@
+"""The attention dispatcher. Nodes add plans; for every attention call of the diffusion model the newest plan that
+applies answers or declines with a reason, then the next one, then the override that another pack installed (before or
+after us), at last the dense backend."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from .. import archs
+from ..methods.attention.call import Answer, AttentionCall, AttentionMethod, Decline
+from . import prewarm
+from .blocks import BlockPosition, eager, positions
+from .run import Feature
+
+OVERRIDE = "optimized_attention_override"
+NAMES = ("q", "k", "v", "heads", "mask", "attn_precision", "skip_reshape", "skip_output_reshape")
+
+
+@dataclass
+class PlanState:
+    """What a plan did in one run."""
+
+    method: Any  # what the method keeps for the run, e.g. index lists by token layout
+    served: int = 0
+    declined: Counter = field(default_factory=Counter)
+    pairs: float = 0.0  # query-key pairs computed by served calls, summed over heads and batch rows
+    dense_pairs: float = 0.0  # what dense attention would have computed in the same calls
+
+    def add(self, answer: Answer) -> None:
+        self.served += 1
+        self.pairs += answer.pairs
+        self.dense_pairs += answer.dense_pairs
+
+    def facts(self) -> dict[str, Any]:
+        calls = self.served + sum(self.declined.values())
+        return {
+            "calls": calls,
+            "served": self.served,
+            "declined": dict(self.declined),
+            "pairs": self.pairs,
+            "dense_pairs": self.dense_pairs,
+            "pairs_fraction": round(self.pairs / self.dense_pairs, 6) if self.dense_pairs else 1.0,
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionFeature(Feature):
+    """A plan: a method, and the calls that it is offered."""
+
+    method: AttentionMethod | None = None
+    blocks: frozenset[int] | None = None  # numbers in the residual stack; None: all
+    sigma_percent: tuple[float, float] = (0.0, 1.0)
+    min_tokens: int = 4096
+
+    def attached(self, model) -> None:
+        prewarm.start(self.method, model)
+
+    def begin(self, run) -> PlanState:
+        return PlanState(self.method.begin())
+
+    def check_arch(self, arch, class_name: str) -> None:
+        if arch is None:
+            self.cannot(f"{self.name} does not know the token layout of {class_name}.")
+        elif "attention" in arch.limits:
+            self.cannot(f"{self.name} cannot act here: {arch.limits['attention']}")
+        elif arch.unordered and getattr(self.method, "spatial", False):
+            self.cannot(f"{self.name} cannot act here: the tokens of {arch.name} are a set without places.")
+        elif not arch.override:
+            self.cannot(
+                f"{self.name} cannot reach the attention of {arch.name}, which does not call ComfyUI's override."
+            )
+
+    def check_model(self, arch, diffusion_model) -> None:
+        last = len(positions(arch, diffusion_model)) - 1 if arch is not None else -1
+        beyond = sorted(n for n in self.blocks or () if n > last)
+        if arch is not None and beyond:
+            raise ValueError(f"blocks: this {arch.name} has blocks 0 to {last}, there is no block {beyond[0]}.")
+
+    def facts(self, state: PlanState) -> dict[str, Any]:
+        return state.facts()
+
+    def line(self, facts: dict[str, Any]) -> str:
+        if self.inactive:
+            return self.inactive
+        if not facts or not facts["calls"]:
+            return "no image self-attention reached this node"
+        declined = "".join(f"; {n} declined: {why}" for why, n in facts["declined"].items())
+        return f"served {facts['served']} of {facts['calls']} calls, {facts['pairs_fraction']:.1%} of pairs{declined}"
+
+    def reason_to_decline(self, call: AttentionCall) -> str | None:
+        run = call.forward.run
+        start, end = (run.percent_to_sigma(p) for p in self.sigma_percent)
+        if not end <= run.clock.sigma <= start:
+            return "outside the chosen steps"
+        if self.blocks is not None and call.block.number not in self.blocks:
+            return "outside the chosen blocks"
+        if call.layout is None:
+            return "token layout unknown"
+        tokens = call.layout.image.stop - call.layout.image.start
+        return f"fewer than {self.min_tokens} image tokens" if tokens < self.min_tokens else None
+
+
+def install(forward, options: dict[str, Any]) -> None:
+    """Puts the dispatcher into this call's options; what it finds there becomes the fallback."""
+    plans = [f for f in reversed(forward.run.acting) if isinstance(f, AttentionFeature)]
+    if plans and forward.run.arch is not None and forward.run.arch.override:
+        options[OVERRIDE] = eager(_dispatcher(forward, plans, options.get(OVERRIDE)), options)
+
+
+def _dispatcher(forward, plans: list[AttentionFeature], earlier: Callable | None):
+    stack = {(b.spec.replace or b.spec.path, b.index): b for b in positions(forward.run.arch, forward.diffusion_model)}
+
+    def dispatch(func, *args, **kwargs):
+        rest = (lambda: func(*args, **kwargs)) if earlier is None else (lambda: earlier(func, *args, **kwargs))
+        if kwargs.get("low_precision_attention") is False and _block(forward, stack, options_of(kwargs)) is not None:
+            for plan in plans:
+                forward.run.states[plan].declined["the model asks for exact attention"] += 1
+            return rest()
+        call, pack = _describe(forward, stack, args, kwargs)
+        if call is None or call.kind not in ("self", "joint"):
+            return rest()
+        for plan in plans:
+            state = forward.run.states[plan]
+            reason = plan.reason_to_decline(call)
+            if reason is None:
+                try:
+                    answer = plan.method.attend(state.method, call)
+                except Decline as decline:
+                    reason = str(decline)
+                else:
+                    state.add(answer)
+                    return pack(answer.out)
+            state.declined[reason] += 1
+        return rest()
+
+    return dispatch
+
+
+def _describe(forward, stack, args, kwargs):
+    """(AttentionCall, function that packs [B, H, N, D] as the caller expects), or (None, None) for calls outside the
+    residual stack."""
+    block = _block(forward, stack, options_of(kwargs))
+    if block is None:
+        return None, None
+    nth = forward.calls.get(block.number, 0)
+    forward.calls[block.number] = nth + 1
+    kinds = block.spec.calls
+    kind = kinds[nth % len(kinds)] if kinds else "other"
+    q, k, v, mask, pack = unpack(args, kwargs)
+    grid, references = forward.grid, _references(kwargs)
+    layout = None
+    if grid is not None:
+        arch = forward.run.arch
+        pad = arch.pad(forward.diffusion_model)
+        layout = archs.layout_of(arch, grid, kind, q.shape[2], k.shape[2], references, pad)
+    scale = kwargs.get("scale")
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    return AttentionCall(q, k, v, mask, scale, kind, layout, block, forward), pack
+
+
+def options_of(kwargs) -> dict[str, Any]:
+    return kwargs.get("transformer_options") or {}
+
+
+def _block(forward, stack, options) -> BlockPosition | None:
+    if not forward.run.arch.indexed:
+        return forward.block
+    return stack.get((f"{options.get('block_type')}_block", options.get("block_index"))) or forward.block
+
+
+def _references(kwargs) -> int:
+    counts = (kwargs.get("transformer_options") or {}).get("reference_image_num_tokens") or ()
+    return sum(counts)
+
+
+def unpack(args, kwargs):
+    """Every calling convention of optimized_attention -> q, k, v as [B, H, N, D], the mask as 4-D or None, and the
+    function that packs an output [B, H, N, D] as this caller expects it."""
+    given = dict(zip(NAMES, args, strict=False))
+    given.update({n: kwargs[n] for n in NAMES if n in kwargs})
+    q, k, v, heads = given["q"], given["k"], given["v"], given["heads"]
+    if not given.get("skip_reshape"):
+        batch, dim = q.shape[0], q.shape[-1] // heads
+        q = q.reshape(batch, -1, heads, dim).transpose(1, 2)
+        grouped = k.shape[-1] // dim if kwargs.get("enable_gqa") else heads
+        k, v = (t.reshape(batch, -1, grouped, dim).transpose(1, 2) for t in (k, v))
+    mask = given.get("mask")
+    if mask is not None:
+        mask = mask[None, None] if mask.ndim == 2 else mask[:, None] if mask.ndim == 3 else mask
+    keep = bool(given.get("skip_output_reshape"))
+
+    def pack(out):
+        return out if keep else out.transpose(1, 2).reshape(out.shape[0], out.shape[2], -1)
+
+    return q, k, v, mask, pack

@@ -1,0 +1,166 @@
+"""One block stack for every architecture: the same call whether a model offers patches_replace["dit"] or its blocks'
+forward has to be wrapped. Features see each block as a function from residual streams to residual streams."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .. import archs
+from .run import Feature, current_forward
+
+Streams = tuple[Any, ...]  # tensors, or tuples of tensors (video and audio), in the order of Blocks.streams
+
+
+@dataclass(frozen=True)
+class BlockPosition:
+    """A block's place in the residual stack."""
+
+    spec: archs.Blocks
+    index: int  # within its list
+    number: int  # within the whole stack, 0..count-1
+    count: int
+
+    @property
+    def last(self) -> bool:
+        return self.number == self.count - 1
+
+
+class BlockFeature(Feature):
+    """A feature that may answer in place of blocks."""
+
+    def around_block(self, state: Any, forward: Any, block: BlockPosition, streams: Streams, proceed) -> Streams:
+        """proceed(streams) computes the block. Clone what is kept: core writes into returned tensors."""
+        return proceed(streams)
+
+
+def positions(arch: archs.Arch, diffusion_model: Any) -> list[BlockPosition]:
+    """The residual stack of a model, in running order."""
+    found = [(spec, i) for spec in arch.blocks if spec.stack for i in range(len(_list(diffusion_model, spec)))]
+    return [BlockPosition(spec, i, n, len(found)) for n, (spec, i) in enumerate(found)]
+
+
+def _list(diffusion_model: Any, spec: archs.Blocks) -> list[Any]:
+    owner = diffusion_model
+    for part in spec.path.split("."):
+        owner = getattr(owner, part)
+    return list(owner.values()) if isinstance(owner, torch.nn.ModuleDict) else list(owner)
+
+
+def _path(diffusion_model: Any, spec: archs.Blocks, index: int) -> str:
+    owner = diffusion_model
+    for part in spec.path.split("."):
+        owner = getattr(owner, part)
+    key = list(owner)[index] if isinstance(owner, torch.nn.ModuleDict) else str(index)
+    return f"diffusion_model.{spec.path}.{key}.forward"
+
+
+def around(forward, block: BlockPosition, streams: Streams, compute) -> Streams:
+    """Runs one block through every block feature of the run, the newest outermost."""
+    proceed = compute
+    for feature in forward.run.acting:
+        if isinstance(feature, BlockFeature):
+            proceed = _layer(feature, forward, block, proceed)
+    before, forward.block = forward.block, block
+    try:
+        return proceed(streams)
+    finally:
+        forward.block = before
+
+
+def _layer(feature, forward, block, proceed):
+    return lambda streams: feature.around_block(forward.run.states[feature], forward, block, streams, proceed)
+
+
+def needed(forward) -> bool:
+    """Do this run's features need to be asked at blocks?"""
+    from .attention import AttentionFeature
+
+    arch = forward.run.arch
+    asks = any(isinstance(f, BlockFeature) for f in forward.run.features)
+    tells = arch.indexed and all(spec.replace is not None for spec in arch.blocks if spec.stack)
+    counts = not tells and any(isinstance(f, AttentionFeature) for f in forward.run.features)
+    return asks or counts
+
+
+def install(forward, options: dict[str, Any]) -> None:
+    """Puts a replace hook on every block of this call, in front of whatever hook was there."""
+    arch = forward.run.arch
+    if arch is None or not needed(forward):
+        return
+    replace = {**options.get("patches_replace", {})}
+    hooks = {**replace.get("dit", {})}
+    for block in positions(arch, forward.diffusion_model):
+        if block.spec.replace is not None:
+            key = (block.spec.replace, block.index)
+            hooks[key] = eager(_replace_hook(forward, block, hooks.get(key)), options)
+    if hooks:
+        options["patches_replace"] = {**replace, "dit": hooks}
+
+
+def eager(hook, options: dict[str, Any]):
+    """Under core's torch.compile node a hook whose decisions change between steps must stay out of the graph."""
+    compiled = any("torch.compile" in keys for keys in options.get("wrappers", {}).values())
+    return torch.compiler.disable(hook) if compiled else hook
+
+
+def _replace_hook(forward, block: BlockPosition, earlier):
+    names = block.spec.streams
+
+    def hook(args, extra, *rest, **unknown):
+        shape: dict[str, Any] = {}
+
+        def compute(streams):
+            call = {**args, **dict(zip(names, streams, strict=True))}
+            out = earlier(call, extra, *rest, **unknown) if earlier is not None else extra["original_block"](call)
+            shape.update(out)
+            return tuple(out.get(name, call[name]) for name in names)
+
+        result = around(forward, block, tuple(args[name] for name in names), compute)
+        return {**shape, **dict(zip(names, result, strict=True))}
+
+    return hook
+
+
+class WrappedForward:
+    """Stands in for a block's forward where the architecture offers no replace hook. Inert outside our runs."""
+
+    def __init__(self, original, block: BlockPosition):
+        self.original, self.block = original, block
+
+    def __call__(self, *args, **kwargs):
+        forward = current_forward.get()
+        if forward is None or not needed(forward):
+            return self.original(*args, **kwargs)
+        spec = self.block.spec
+        places = dict(zip(spec.streams, spec.positions, strict=False))
+        streams = tuple(kwargs[n] if n in kwargs else args[places[n]] for n in spec.streams)
+        single = []
+
+        def compute(values):
+            positional, named = list(args), dict(kwargs)
+            for name, value in zip(spec.streams, values, strict=True):
+                if name in named:
+                    named[name] = value
+                else:
+                    positional[places[name]] = value
+            out = self.original(*positional, **named)
+            single.append(not isinstance(out, tuple))
+            return (out,) if single[-1] else out
+
+        result = around(forward, self.block, streams, compute)
+        return result[0] if len(spec.streams) == 1 else tuple(result)
+
+
+def wrap_forwards(patched) -> None:
+    """Object patches for the blocks of this MODEL that have no replace hook; ComfyUI restores them on unload."""
+    diffusion_model = patched.model.diffusion_model
+    arch = archs.find(diffusion_model)
+    if arch is None:
+        return
+    for block in positions(arch, diffusion_model):
+        if block.spec.replace is None:
+            path = _path(diffusion_model, block.spec, block.index)
+            current = patched.get_model_object(path)
+            if not isinstance(current, WrappedForward):
+                patched.add_object_patch(path, WrappedForward(current, block))

@@ -1,0 +1,23 @@
+"""What may act together on one MODEL, and what is refused with a sentence before an image is spoilt."""
+
+from .. import archs
+
+
+def check(present, feature, model) -> None:
+    """At node execution: ValueError where the new feature cannot join the features on this MODEL."""
+    for other in present:
+        conflict = feature.conflicts(other)
+        if conflict:
+            raise ValueError(conflict)
+    arch = archs.find(model.model.diffusion_model)
+    feature.check_arch(arch, type(model.model.diffusion_model).__name__)
+    feature.check_model(arch, model.model.diffusion_model)
+
+
+def check_run(run, patcher) -> None:
+    """At sampling: what other nodes put on the MODEL after ours."""
+    options = patcher.model_options.get("transformer_options", {})
+    for feature in run.features:
+        reason = feature.refuses(options)
+        if reason:
+            raise ValueError(reason)

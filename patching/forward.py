@@ -1,0 +1,116 @@
+"""One call of the diffusion model: whose rows it carries, where its image tokens sit, and which hooks act in it."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .. import archs
+from . import attention, blocks
+from .run import RUN, Feature, Run, current_forward, find_options, replace_options
+
+FORWARD = "tessera_forward"
+
+
+@dataclass(frozen=True)
+class StreamKey:
+    """Who a chunk of rows belongs to. Rows move between calls (joined or separate CFG, free memory); keys do not."""
+
+    role: int  # 0 positive, 1 negative, as in cond_or_uncond: core copies a positive's uuid into the negative list
+    uuid: Any
+    window: tuple[int, ...] | None  # frames of a context window
+    shape: tuple[int, ...]
+    device: str
+    occurrence: int  # the same condition used twice in one evaluation
+
+
+@dataclass
+class Forward:
+    """Lives for one call of the diffusion model."""
+
+    run: Run
+    keys: tuple[StreamKey, ...]
+    options: dict[str, Any]
+    x: Any = None  # what the diffusion model received
+    grid: tuple[int, int, int] | None = None
+    diffusion_model: Any = None
+    control: Any = None  # residuals of ControlNets for this call, lists by name
+    obscured: bool = False  # a condition of this call makes the token layout unknown
+    block: Any = None  # the BlockPosition being computed, where hooks tell
+    calls: dict[Any, int] = field(default_factory=dict)  # attention calls met, by block
+
+    def see(self, diffusion_model: Any, x: Any) -> None:
+        """The tensor that reaches the diffusion model fixes the token grid."""
+        self.diffusion_model, self.x = diffusion_model, x
+        arch = self.run.arch
+        if arch is not None and not self.obscured and isinstance(x, torch.Tensor | list | tuple):
+            self.grid = arch.grid(diffusion_model, x)
+
+    def rows(self, tensor: torch.Tensor) -> list[torch.Tensor] | None:
+        """The tensor cut into one chunk a stream along its batch, or None where it cannot be."""
+        count = len(self.keys)
+        return list(tensor.chunk(count)) if tensor.shape[0] % count == 0 else None
+
+
+class ModelFeature(Feature):
+    """A feature that may answer in place of the whole model."""
+
+    def around_model(self, state: Any, forward: Forward, x: torch.Tensor, sigma: torch.Tensor, proceed):
+        """proceed() computes the denoised prediction [B, ...]; return it or a replacement."""
+        return proceed()
+
+
+def apply_model(executor, *args, **kwargs):
+    """APPLY_MODEL wrapper: opens a Forward, installs the hooks of this run, closes it."""
+    options = find_options(args, kwargs)
+    run = options.get(RUN)
+    if run is None:
+        return executor(*args, **kwargs)
+    x, sigma = args[0], args[1]
+    options = options.copy()
+    forward = Forward(run, stream_keys(run, options, x), options)
+    options[FORWARD] = forward
+    forward.diffusion_model = executor.class_obj.diffusion_model
+    forward.control = args[4] if len(args) > 4 else kwargs.get("control")  # x, t, c_concat, c_crossattn, control
+    forward.obscured = run.arch is not None and archs.obscured(run.arch, kwargs) is not None
+    if run.arch is not None and not run.arch.wrapper:
+        forward.see(forward.diffusion_model, x)
+    attention.install(forward, options)
+    blocks.install(forward, options)
+    args, kwargs = replace_options(args, kwargs, options)
+    token = current_forward.set(forward)
+    try:
+        proceed = lambda: executor(*args, **kwargs)  # noqa: E731
+        for feature in run.acting:
+            if isinstance(feature, ModelFeature):
+                proceed = _around(feature, forward, x, sigma, proceed)
+        run.forwards += 1
+        return proceed()
+    finally:
+        current_forward.reset(token)
+
+
+def _around(feature, forward, x, sigma, proceed):
+    return lambda: feature.around_model(forward.run.states[feature], forward, x, sigma, proceed)
+
+
+def diffusion_model(executor, *args, **kwargs):
+    """DIFFUSION_MODEL wrapper, where the architecture has one: sees the tensor after concatenated conditions."""
+    forward = find_options(args, kwargs).get(FORWARD)
+    if forward is not None:
+        forward.see(executor.class_obj, args[0] if args else kwargs.get("x"))
+    return executor(*args, **kwargs)
+
+
+def stream_keys(run: Run, options: dict[str, Any], x: torch.Tensor) -> tuple[StreamKey, ...]:
+    roles = options.get("cond_or_uncond") or [0]
+    uuids = options.get("uuids") or [None] * len(roles)
+    window = getattr(options.get("context_window"), "index_list", None)
+    window = tuple(window) if window is not None else None
+    shape = (x.shape[0] // len(roles), *x.shape[1:])
+    keys = []
+    for role, uuid in zip(roles, uuids, strict=True):
+        base = (role, uuid, window, shape, str(x.device))
+        run.seen[base] = run.seen.get(base, -1) + 1
+        keys.append(StreamKey(*base, run.seen[base]))
+    return tuple(keys)

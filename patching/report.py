@@ -1,0 +1,109 @@
+"""What leaves a run: numbers only. A live line for each node, and a record that Run Report hands to API users."""
+
+import time
+from collections import deque
+from threading import Lock
+from typing import Any
+
+import torch
+from server import PromptServer
+
+EVENT = "tessera.run"
+KEPT = 16  # records a MODEL remembers
+MARKS = 64  # numbers of a latent by which its run is recognised
+CHANGED = "The latent is not what the last runs on this MODEL gave out; these are the facts of the newest run."
+
+
+class Ledger:
+    """The last runs of a MODEL and its clones, newest last."""
+
+    def __init__(self):
+        self._records: deque[tuple[tuple[Any, ...], Marks | None, dict[str, Any]]] = deque(maxlen=KEPT)
+        self._lock = Lock()
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def add(self, features: tuple[Any, ...], record: dict[str, Any], marks: "Marks | None" = None) -> None:
+        with self._lock:
+            self._records.append((features, marks, record))
+
+    def find(self, features: tuple[Any, ...], patches: str, marks: "Marks | None") -> dict[str, Any] | None:
+        """The record of exactly these features whose run gave out the latent of these marks; else the newest one,
+        preferring the same weight patches (LoRA), with a note where a latent was asked for. Branches of one MODEL share
+        its ledger, so features are told apart by identity and not by name."""
+        with self._lock:
+            mine = [(held, record) for owners, held, record in self._records if owners == features]
+        made = [record for held, record in mine if marks is not None and same_latent(held, marks)]
+        if made:
+            return made[-1]
+        every = [record for _, record in mine]
+        found = ([r for r in every if r["patches"] == patches] or every or [None])[-1]
+        return found if found is None or marks is None else {**found, "notes": [CHANGED]}
+
+
+Marks = tuple[tuple[int, ...], tuple[float, ...]]
+
+
+def marks_of(latent: Any) -> Marks | None:
+    """Shape and some numbers, evenly spread, of a latent [B, ...] (of its first part, where it has several)."""
+    if getattr(latent, "is_nested", False):
+        latent = latent.unbind()[0]
+    if not isinstance(latent, torch.Tensor) or not latent.numel():
+        return None
+    flat = latent.detach().reshape(-1)
+    places = torch.linspace(0, flat.numel() - 1, min(MARKS, flat.numel())).round().long().to(flat.device)
+    return tuple(latent.shape), tuple(flat[places].float().tolist())
+
+
+def same_latent(a: Marks | None, b: Marks) -> bool:
+    """Equal up to the rounding of a half precision copy, NaN where NaN."""
+    if a is None or a[0] != b[0]:
+        return False
+    return torch.allclose(torch.tensor(a[1]), torch.tensor(b[1]), rtol=1e-2, atol=1e-5, equal_nan=True)
+
+
+def publish(run, ended: str, ledger: Ledger | None, patches: str, made: Any = None) -> None:
+    """Collects the facts of every feature, stores the record and tells the canvas. made: the latent that the run gave."""
+    seconds = time.perf_counter() - run.started
+    entries = []
+    for feature in run.features:
+        state = run.states.get(feature)
+        facts = feature.facts(state) if state is not None else {}
+        entries.append({"name": feature.name, "node": feature.node, "facts": facts, "line": feature.line(facts)})
+    record = {
+        "ended": ended,
+        "seconds": round(seconds, 4),
+        "architecture": run.arch.name if run.arch else type(run.model.diffusion_model).__name__,
+        "known": run.arch is not None,
+        "steps": run.clock.steps,
+        "evaluations": run.clock.evaluation + 1,
+        "forwards": run.forwards,
+        "features": entries,
+        "patches": patches,
+    }
+    if ledger is not None:
+        ledger.add(run.features, record, marks_of(made))
+    notify(record)
+
+
+def notify(record: dict[str, Any]) -> None:
+    """Sends a record to the canvas of whoever queued the prompt; silent where no server runs."""
+    server = getattr(PromptServer, "instance", None)
+    if server is not None and hasattr(server, "send_sync"):
+        server.send_sync(EVENT, record, getattr(server, "client_id", None))
+
+
+def latest_record(model, latent: Any = None) -> dict[str, Any]:
+    """The record of the run on this MODEL that made this latent, of the last run without one. ValueError where there is
+    none to report."""
+    options = model.model_options.get("transformer_options", {})
+    features, ledger = options.get("tessera_features", ()), options.get("tessera_ledger")
+    if not features or ledger is None:
+        raise ValueError("Run Report found no Tessera node on this MODEL; connect the MODEL that the sampler uses.")
+    record = ledger.find(features, str(model.patches_uuid), None if latent is None else marks_of(latent))
+    if record is None:
+        raise ValueError(
+            "Run Report found no finished run on this MODEL; connect the latent of the sampler that uses it."
+        )
+    return record

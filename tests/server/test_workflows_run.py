@@ -1,0 +1,93 @@
+"""Every template runs through a real server, and refuses what is wrong before it runs."""
+
+import json
+from pathlib import Path
+
+import pytest
+from canvas import bare, complete, to_api, to_canvas
+from PIL import Image, ImageStat
+
+pytestmark = pytest.mark.server
+
+ROOT = Path(__file__).resolve().parents[2]
+TWINS = sorted((ROOT / "workflows/api").glob("*.json"))
+FEW = 2  # sampler steps: enough to run every node, too few for a good picture
+
+
+def quick(graph):
+    """The graph with few sampler steps."""
+    for node in graph.values():
+        if isinstance(node["inputs"].get("steps"), int):
+            node["inputs"]["steps"] = min(FEW, node["inputs"]["steps"])
+        if isinstance(node["inputs"].get("repeats"), int):
+            node["inputs"]["repeats"] = 1
+    return graph
+
+
+@pytest.fixture(scope="module")
+def info(server):
+    return server.get("/object_info")
+
+
+@pytest.mark.parametrize("path", TWINS, ids=lambda p: p.stem)
+def test_runs_and_shows_pictures(server, path):
+    entry = server.run(quick(json.loads(path.read_text())))
+    assert entry["status"]["status_str"] == "success"
+    files = [p for p in server.outputs(entry) if p.suffix in (".png", ".webp", ".jpg")]
+    assert files
+    for file in files:
+        with Image.open(file) as picture:
+            assert max(ImageStat.Stat(picture.convert("L")).stddev) > 1, f"{file.name} is one colour"
+
+
+@pytest.mark.parametrize("path", TWINS, ids=lambda p: p.stem)
+def test_twin_is_complete_and_converts(info, path):
+    """The API file names every widget as the canvas would, and the converter makes a canvas that says the same."""
+    graph = json.loads(path.read_text())
+    assert complete(graph, info) == graph, "run `make node-assets`"
+    assert to_api(to_canvas(path.stem, graph, info, "0")) == bare(graph)
+
+
+def image_graph():
+    return json.loads((ROOT / "workflows/api/digits_image.json").read_text())
+
+
+def prompt_of(graph):
+    return next(n for n in graph.values() if n["class_type"] == "TesseraDigitsPrompt" and n["inputs"]["text"])
+
+
+def test_unknown_word_is_refused_before_the_graph_runs(server, harness):
+    graph = quick(image_graph())
+    prompt_of(graph)["inputs"]["text"] = "a cat"
+    with pytest.raises(harness.GraphError, match="does not know 'a'"):
+        server.run(graph)
+
+
+def test_unknown_word_from_a_linked_text_is_refused_when_it_arrives(server, harness):
+    graph = quick(image_graph())
+    graph["90"] = {"class_type": "PrimitiveString", "inputs": {"value": "seven flying"}}
+    prompt_of(graph)["inputs"]["text"] = ["90", 0]
+    with pytest.raises(harness.GraphError, match="does not know 'flying'"):
+        server.run(graph)
+
+
+def test_encode_undoes_decode_through_the_server(server):
+    """Denoise 0.0001 from an encoded picture gives that picture back."""
+    graph = quick(image_graph())
+    sampler = next(n for n in graph.values() if n["class_type"] == "KSampler")
+    decoder = next(key for key, n in graph.items() if n["class_type"] == "TesseraDigitsDecode")
+    saver = next(n for n in graph.values() if n["class_type"] == "SaveImage")
+    graph["91"] = {"class_type": "TesseraDigitsEncode", "inputs": {"image": [decoder, 0], "kind": "image", "frames": 8}}
+    graph["92"] = {"class_type": "TesseraDigitsDecode", "inputs": {"samples": ["91", 0]}}
+    graph["93"] = {"class_type": "SaveImage", "inputs": {"images": ["92", 0], "filename_prefix": "again"}}
+    sampler["inputs"]["seed"] += 1
+    entry = server.run(graph)
+    first, again = (entry["outputs"][key]["images"] for key in (_key(graph, saver), "93"))
+    assert len(first) == len(again) > 0
+    for a, b in zip(server.outputs({"outputs": {"a": {"images": first}}}),
+                    server.outputs({"outputs": {"b": {"images": again}}}), strict=True):  # fmt: skip
+        assert Image.open(a).tobytes() == Image.open(b).tobytes()
+
+
+def _key(graph, node):
+    return next(key for key, value in graph.items() if value is node)

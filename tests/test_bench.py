@@ -1,0 +1,95 @@
+"""The harness, on cases whose outcome is known: no speed-up is given for a wrong result, a missed promise is a failure."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCH = Path(__file__).resolve().parents[1] / "bench"
+
+
+@pytest.fixture(scope="module")
+def bench():
+    sys.path.insert(0, str(BENCH))
+    spec = importlib.util.spec_from_file_location("tessera_bench", BENCH / "__main__.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    sys.path.remove(str(BENCH))
+
+
+@pytest.fixture
+def case(bench, monkeypatch):
+    """A case whose competitors are given times instead of being run: ours 10 ms, the rival 30 ms."""
+    monkeypatch.setattr(
+        bench, "rounds", lambda runs, device, flush: {n: [10.0 if n == "tessera" else 30.0] * 5 for n in runs}
+    )
+    x = torch.ones(4)
+    return bench.Case("name", "title", lambda: x, lambda: x.clone(), 1e-6, {"rival": lambda: x})
+
+
+def test_a_right_result_gets_its_speed_up(bench, case):
+    row = bench.measure(case, "cpu")
+    assert row["error"] == 0 and row["times"]["rival"]["speedup_of_ours"] == 3 and "failed" not in row
+
+
+@pytest.mark.parametrize("wrong", [torch.tensor([1.0, 1, 1, 1.1]), torch.full((4,), torch.nan)], ids=["off", "NaN"])
+def test_a_wrong_result_gets_no_times(bench, case, wrong):
+    case.ours = lambda: wrong
+    row = bench.measure(case, "cpu")
+    assert "times" not in row and "no times are given" in row["failed"]
+
+
+def test_a_missed_promise_fails_and_names_both_numbers(bench, case):
+    case.bars = {"rival": 2.5}
+    assert "failed" not in bench.measure(case, "cpu")
+    case.bars = {"rival": 3.5}
+    assert bench.measure(case, "cpu")["failed"] == "3.00x rival, promised 3.5x"
+
+
+def test_speed_up_is_the_median_over_rounds(bench):
+    """One round in which the machine was busy with something else does not count."""
+    found = bench.summary({"tessera": [1.0, 1, 1, 50, 1], "rival": [2.0, 2, 2, 2, 2]}, "tessera")
+    assert found["rival"]["speedup_of_ours"] == 2 and found["tessera"]["ms"] == 1
+
+
+def test_every_example_is_found_and_local_window_promises(bench):
+    cases = sys.modules["cases"]
+    assert {"block_sparse", "forecast"} <= {stem for stem, _ in cases.kernels()}
+    first = next(cases.operators.method_cases("cpu"))
+    assert first.bars == {"dense SDPA": 1.5} and 0.1 < first.facts["pairs"] < 0.115
+
+
+def test_slope_of_known_costs(bench):
+    growth = sys.modules["growth"]
+    sizes = [1024, 2048, 4096, 8192]
+    assert growth.slope(sizes, [n * 3e-6 for n in sizes]) == pytest.approx(1)
+    assert growth.slope(sizes, [n**2 * 3e-6 for n in sizes]) == pytest.approx(2)
+
+
+def test_growth_that_is_too_steep_fails(bench, monkeypatch):
+    growth = sys.modules["growth"]
+    monkeypatch.setattr(growth, "rounds", lambda runs, device, flush: {n: [float(n) ** 1.5, 1e9] for n in runs})
+    case = growth.Growth("name", lambda tokens: lambda: None, (1024, 2048, 4096), 1.15)
+    row = growth.measure_growth(case, "cpu")
+    assert row["slope"] == pytest.approx(1.5) and row["failed"] == "slope 1.50, promised at most 1.15"
+    case.most = None
+    assert "failed" not in growth.measure_growth(case, "cpu")
+
+
+def test_truths_of_the_operators_agree_with_dense_attention(bench):
+    """Brute force against torch where everything is kept; a window of its own against an explicit mask."""
+    operators = sys.modules["operators"]
+    q, k, v = operators.heads(64, 2, 8, "cpu", torch.float32)
+    dense = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    assert bench.distance(operators.by_rows(q, k, v, lambda at: None, 24), dense) < 1e-6
+    assert bench.distance(operators.windowed(q, k, v, 8, 8), dense) < 1e-6
+    assert bench.distance(operators.windowed(q, k, v, 8, 4), dense) > 1e-2
+    assert bench.distance(operators.windows(8, 4, "cpu")(q, k, v), operators.windowed(q, k, v, 8, 4)) < 1e-6
+
+
+def test_ceilings_are_positive(bench):
+    found = sys.modules["ceilings"].ceilings("cpu")
+    assert len(found) == 4 and all(value > 0 for value in found.values())
