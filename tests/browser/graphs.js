@@ -87,6 +87,7 @@ window.tesseraTest = (() => {
     for (const [node, output] of Object.entries(outputs)) {
       app.api.dispatchCustomEvent("executed", { node, display_node: node, output, prompt_id: "test", merge: false });
     }
+    app.canvas.setDirty(true, true); // a real run redraws with every step
   };
 
   /** Zooms so far out that `room` more pixels below the lowest node are in view as well. */
