@@ -18,11 +18,12 @@ import torch
 
 from .. import _config
 from .._triton import on_gpu, triton
+from ._dense import Scratch, dense
 from ._forward import block_sparse_forward
 from ._predicate import rule_number
 from ._tiles import split_head
 from .block_sparse_backward import block_sparse_backward
-from .gather import attend, check_list, chunks, dense, each_list, element_rule, outputs
+from .gather import attend, check_list, chunks, each_list, element_rule, outputs
 
 
 def reference(
@@ -74,10 +75,12 @@ def reference(
     if least == 0:
         out.zero_()
         lse.fill_(-math.inf)
+    scratch = Scratch()
     for b, mine, own, lists in each_list(idx, cnt, mode, element, q.shape, k.shape, (block_m, block_n)):
         parts = chunks(lists, 2 * (own.stop - own.start) * d * q.element_size())
         own_weight = None if weight is None else weight.expand(batch, nk)[b]
-        attend(parts, q[b, mine], k[b, own], v[b, own], scale, block_n, out[b, mine], lse[b, mine], own_weight)
+        target = out[b, mine], lse[b, mine], own_weight, scratch
+        attend(parts, q[b, mine], k[b, own], v[b, own], scale, block_n, *target)
     return _finish(out, row_factor, residual), lse
 
 

@@ -17,13 +17,14 @@ import torch
 
 from .. import _config
 from .._triton import on_gpu, tl, triton
+from ._dense import dense
 from ._forward import SIZES, ruled
 from ._predicate import places, rule_allows, rule_number
 from ._specs import argument_kinds, head_specs
 from ._tiles import dot_heads, load_head, softmax_step, split_head, store_head, zero_head
 from .block_sparse import _check, _steps
 from .block_sparse import reference as listed
-from .gather import dense, like, outputs
+from .gather import like, outputs
 
 Both = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from ._dense import Scratch, chunk_attention
 from ._predicate import allowed, rule_number
 
-GATHER_BYTES = 4 << 20  # keys and values of one chunk; larger ones leave the cache, smaller ones cost more calls
-SCORES = 1 << 26  # scores held at once where no fused attention serves
+GATHER_BYTES = 2 << 20  # keys and values of one chunk; larger ones leave the cache, smaller ones cost more calls
 RAGGED = 0.9  # counts from 0.9 to 1 of the chunk's largest share a chunk when its scores are masked anyway
 
 
@@ -195,14 +195,16 @@ def attend(
     out: torch.Tensor,
     lse: torch.Tensor,
     log_weight: torch.Tensor | None = None,
+    scratch: Scratch | None = None,
 ) -> None:
     """One batch entry: q [H, Nq, D], k and v [Hkv, Nk, D], log_weight fp32 [Nk]; unit 1 where the chunks name tokens,
-    block_n where they name blocks. Writes the queries that the chunks hold into out [H, Nq, D] and lse [H, Nq]."""
+    block_n where they name blocks. Writes the queries that the chunks hold into out [H, Nq, D] and lse [H, Nq].
+    scratch: shared with other calls of the same operator."""
     heads, d = q.shape[0], q.shape[-1]
     group = heads // k.shape[0]
     query, key, value = q, rows_of(k, unit), rows_of(v, unit)
     weight = None if log_weight is None else rows_of(log_weight[None, :, None], unit)
-    copies = k.new_empty(0), v.new_empty(0)  # memory that the chunks share: new pages cost more than the copy
+    scratch = scratch or Scratch()
     for part in parts:
         if part.query_span is None:
             query = rows_of(query, 1)
@@ -219,8 +221,8 @@ def attend(
             added = gather(weight, at, part.rows, 1)[..., 0][:, :, None]
             bias = added if bias is None else bias + added
             dead = bias.isneginf().all(-1)[:, 0].expand(-1, qs.shape[2])[:, : qs.shape[2] // group]
-        ks, vs = (gather(x, at, part.rows, d, held) for x, held in ((key, copies[0]), (value, copies[1])))
-        o, level = dense(qs, ks, vs, bias, scale)
+        ks, vs = (gather(x, at, part.rows, d, scratch, name) for x, name in ((key, "keys"), (value, "values")))
+        o, level = chunk_attention(qs, ks, vs, bias, scale, scratch)
         o, level = (x.unflatten(2, (group, -1)).flatten(1, 2).transpose(0, 1) for x in (o, level))
         if dead is not None:
             level, o = level.masked_fill(dead, -math.inf), o.masked_fill(dead[..., None], 0)
@@ -244,39 +246,15 @@ def rows_of(x: torch.Tensor, unit: int) -> torch.Tensor:
 
 
 def gather(
-    x: torch.Tensor, rows: torch.Tensor | slice, count: int, d: int, held: torch.Tensor | None = None
+    x: torch.Tensor, rows: torch.Tensor | slice, count: int, d: int, scratch: Scratch | None = None, name: str = ""
 ) -> torch.Tensor:
     """rows_of [H, n, unit * D], rows int64 [count * k] or k consecutive ones -> [count, H, k * unit, D]; no copy for
-    consecutive ones, else into the memory of `held` if given, which grows with it."""
+    consecutive ones, else into `name` of the scratch memory, if given."""
     if isinstance(rows, slice):
         x = x[:, rows]
-    elif held is None or held.device.type != "cpu":
+    elif scratch is None or x.device.type != "cpu":
         x = x.index_select(1, rows)
     else:
-        held.resize_(max(held.numel(), x.shape[0] * len(rows) * x.shape[2]))
-        to = held[: x.shape[0] * len(rows) * x.shape[2]].view(x.shape[0], len(rows), x.shape[2])
+        to = scratch.take(name, (x.shape[0], len(rows), x.shape[2]), x, x.dtype)
         x = torch.index_select(x, 1, rows, out=to)
     return x.unflatten(1, (count, -1)).unflatten(3, (-1, d)).flatten(2, 3).transpose(0, 1)
-
-
-def dense(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """softmax(scale q k^T + bias) v and its log-sum-exp. q [R, H, M, D], k and v [R, H, K, D], bias broadcast to
-    [R, H, M, K]. Softmax in fp32 (fp64 for fp64) whatever the inputs are."""
-    if q.device.type == "cpu":
-        bias = bias if bias is None or q.dtype != torch.float64 else bias.double()
-        attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        return attention(q, k, v, 0.0, False, attn_mask=bias, scale=scale)
-    step = max(1, SCORES // (q.shape[0] * q.shape[1] * k.shape[2]))
-    q, k, v = (x if x.dtype == torch.float64 else x.float() for x in (q, k, v))
-    pieces = []
-    for start in range(0, q.shape[2], step):
-        score = (q[:, :, start : start + step] @ k.transpose(-1, -2)).mul_(scale)
-        if bias is not None:
-            score += bias if bias.shape[2] == 1 else bias[:, :, start : start + step]
-        level = score.logsumexp(-1)
-        share = (score - torch.where(level.isinf(), 0.0, level)[..., None]).exp_()
-        pieces.append((share @ v, level))
-    out, levels = zip(*pieces, strict=True)
-    return torch.cat(out, 2), torch.cat(levels, 2)

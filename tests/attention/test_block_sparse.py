@@ -140,12 +140,12 @@ def test_reference_computes_the_listed_blocks_only(monkeypatch):
     formed = 0
     dense = m.dense
 
-    def counted(q, k, v, bias, scale):
+    def counted(q, k, v, bias, scale, scratch):
         nonlocal formed
         formed += q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
         return dense(q, k, v, bias, scale)
 
-    monkeypatch.setattr("tessera.kernels.attention.gather.dense", counted)
+    monkeypatch.setattr("tessera.kernels.attention.gather.chunk_attention", counted)
     q, k, v = torch.randn(3, 1, 2, 512, 16)
     idx, cnt = lists(1, 2, 8, 8, 0.3)
     m.reference(q, k, v, idx, cnt)
