@@ -5,6 +5,10 @@ import itertools
 
 import torch
 
+PIECE = (
+    1 << 20
+)  # bytes of features at a time on a CPU: they stay in its cache, so that cost grows no faster than tokens
+
 
 def exact(x: torch.Tensor) -> torch.Tensor:
     """x in the dtype that sums are kept in: fp64 for fp64, else fp32."""
@@ -56,6 +60,15 @@ def _chunks(bounds):
     return [slice(*pair) for pair in itertools.pairwise(bounds)]
 
 
+def _steps(x: torch.Tensor, chunk: slice) -> list[slice]:
+    """The chunk in pieces; whole on devices where each call costs more than the memory traffic."""
+    if x.device.type != "cpu":
+        return [chunk]
+    b, h, _, d = x.shape
+    step = max(128, PIECE // (4 * b * h * d))
+    return [slice(n, min(n + step, chunk.stop)) for n in range(chunk.start, chunk.stop, step)]
+
+
 def _split(state: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Packed [B, H, F (E + 1)] -> sums [B, H, F, E], mass [B, H, F]."""
     f = state.shape[-1] // (width + 1)
@@ -69,11 +82,13 @@ def state(x, rotated, v, bounds, feature_map, start=None, grad=None, factor=None
     totals, run = [], start
     order = list(enumerate(_chunks(bounds)))
     for c, chunk in reversed(order) if reverse else order:
-        a, f = _pieces(x, rotated, chunk, feature_map)
-        if factor is not None:
-            a, f = a * factor[:, :, chunk, None], f * slope[:, :, chunk, None]
-        own = torch.cat(((a.transpose(2, 3) @ exact(v[:, :, chunk])).flatten(2), f.sum(2)), -1)
-        own = own if grad is None else own + grad[:, :, c]
+        own = None if grad is None else grad[:, :, c]
+        for step in _steps(x, chunk):
+            a, f = _pieces(x, rotated, step, feature_map)
+            if factor is not None:
+                a, f = a * factor[:, :, step, None], f * slope[:, :, step, None]
+            sums = torch.cat(((a.transpose(2, 3) @ exact(v[:, :, step])).flatten(2), f.sum(2)), -1)
+            own = sums if own is None else own + sums
         run = own if run is None else run + own
         totals.append(run)
     return torch.stack(totals[::-1] if reverse else totals, 2)
@@ -84,18 +99,19 @@ def apply(x, rotated, state, bounds, feature_map, normalizer, eps, width):
     out = rows_like(x, width)
     shares = []
     for c, chunk in enumerate(_chunks(bounds)):
-        b, f = _pieces(x, rotated, chunk, feature_map)
         sums, mass = _split(state[:, :, c], width)
-        y = b @ sums
-        if normalizer == "rms":
-            share = y.square().mean(-1).add(eps).rsqrt()
-        elif normalizer == "none":
-            share = torch.ones_like(y[..., 0])
-        else:
-            total = (f @ mass[..., None])[..., 0] + eps
-            share = torch.where(total == 0, 0, 1 / torch.where(total == 0, 1, total))
-        out[:, :, chunk] = y * share[..., None]
-        shares.append(share)
+        for step in _steps(x, chunk):
+            b, f = _pieces(x, rotated, step, feature_map)
+            y = b @ sums
+            if normalizer == "rms":
+                share = y.square().mean(-1).add(eps).rsqrt()
+            elif normalizer == "none":
+                share = torch.ones_like(y[..., 0])
+            else:
+                total = (f @ mass[..., None])[..., 0] + eps
+                share = torch.where(total == 0, 0, 1 / torch.where(total == 0, 1, total))
+            out[:, :, step] = y * share[..., None]
+            shares.append(share)
     return out, torch.cat(shares, 2)
 
 

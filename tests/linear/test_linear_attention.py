@@ -11,6 +11,7 @@ SHAPES = [  # B, H, Nq, Nk, D, E
     (1, 2, 33, 130, 112, 96),  # queries unlike keys, values unlike keys
     (1, 2, 64, 64, 64, 64),  # whole tiles
     (1, 1, 17, 20, 160, 200),  # several tiles of E, widest padding
+    (1, 1, 270, 300, 16, 16),  # several steps of the reference
 ]
 MAPS = ["relu", "elu1", "softmax", "hedgehog", "identity"]
 
