@@ -52,6 +52,9 @@ class AttentionFeature(Feature):
     blocks: frozenset[int] | None = None  # numbers in the residual stack; None: all
     sigma_percent: tuple[float, float] = (0.0, 1.0)
     min_tokens: int = 4096
+    dense_steps: tuple[int, int] = (0, 0)  # at the start and at the end of the run
+    dense_blocks: tuple[int, int] = (0, 0)  # at the start and at the end of the stack
+    scope: str = "all"  # or the kind of calls, "self" or "joint"
 
     def attached(self, model) -> None:
         prewarm.start(self.method, model)
@@ -72,10 +75,18 @@ class AttentionFeature(Feature):
             )
 
     def check_model(self, arch, diffusion_model) -> None:
-        last = len(positions(arch, diffusion_model)) - 1 if arch is not None else -1
-        beyond = sorted(n for n in self.blocks or () if n > last)
-        if arch is not None and beyond:
-            raise ValueError(f"blocks: this {arch.name} has blocks 0 to {last}, there is no block {beyond[0]}.")
+        if arch is None:
+            return
+        count = len(positions(arch, diffusion_model))
+        beyond = sorted(n for n in self.blocks or () if n >= count)
+        if beyond:
+            raise ValueError(f"blocks: this {arch.name} has blocks 0 to {count - 1}, there is no block {beyond[0]}.")
+        if count and sum(self.dense_blocks) >= count:
+            first, last = self.dense_blocks
+            raise ValueError(
+                f"dense_first_blocks {first} and dense_last_blocks {last} leave none of the {count} blocks of this "
+                f"{arch.name} to {self.name}. Lower them."
+            )
 
     def facts(self, state: PlanState) -> dict[str, Any]:
         return state.facts()
@@ -93,8 +104,15 @@ class AttentionFeature(Feature):
         start, end = (run.percent_to_sigma(p) for p in self.sigma_percent)
         if not end <= run.clock.sigma <= start:
             return "outside the chosen steps"
-        if self.blocks is not None and call.block.number not in self.blocks:
+        if not self.dense_steps[0] <= run.clock.step < run.clock.steps - self.dense_steps[1]:
+            return "outside the chosen steps"
+        number, count = call.block.number, call.block.count
+        if not self.dense_blocks[0] <= number < count - self.dense_blocks[1]:
             return "outside the chosen blocks"
+        if self.blocks is not None and number not in self.blocks:
+            return "outside the chosen blocks"
+        if self.scope not in ("all", call.kind):
+            return "outside the chosen scope"
         if call.layout is None:
             return "token layout unknown"
         tokens = call.layout.image.stop - call.layout.image.start

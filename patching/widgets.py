@@ -20,16 +20,46 @@ def where_inputs(min_tokens: int = 4096) -> list[Any]:
             tooltip="Image tokens below which attention stays dense, because the sparse form would not be faster. 0 always acts."),
         io.Combo.Input("unsupported", options=["error", "warn"], advanced=True,
             tooltip="On a model that cannot be served: stop with a sentence, or log it and leave the model as it is."),
+        *(_dense(name, tooltip) for name, tooltip in DENSE.items()),
+        io.Combo.Input("scope", options=["all", "self", "joint"], optional=True, advanced=True,
+            tooltip='Attention calls that it serves: "self", where image tokens are alone (Wan, LTX); "joint", where text stands in the '
+                    'same sequence (FLUX, SD3); "all" is both. Cross-attention onto the text is never touched.'),
     ]  # fmt: skip
 
 
-def where(blocks: str, start_percent: float, end_percent: float, min_tokens: int, unsupported: str) -> dict[str, Any]:
+DENSE = {
+    "dense_first_steps": "Steps at the start that stay dense, counted in this run. They lay out the picture: a few keep the composition.",
+    "dense_last_steps": "Steps at the end that stay dense, counted in this run. More keep fine detail, and are slower.",
+    "dense_first_blocks": "Transformer blocks at the start of the stack that stay dense. More are slower and closer to the plain picture.",
+    "dense_last_blocks": "Transformer blocks at the end of the stack that stay dense. More are slower and closer to the plain picture.",
+}  # fmt: skip
+
+
+def _dense(name: str, tooltip: str) -> Any:
+    return io.Int.Input(name, default=0, min=0, max=1000, optional=True, advanced=True, tooltip=tooltip)
+
+
+def where(
+    blocks: str,
+    start_percent: float,
+    end_percent: float,
+    min_tokens: int,
+    unsupported: str,
+    dense_first_steps: int = 0,
+    dense_last_steps: int = 0,
+    dense_first_blocks: int = 0,
+    dense_last_blocks: int = 0,
+    scope: str = "all",
+) -> dict[str, Any]:
     """The shared inputs as AttentionFeature fields. ValueError on a list of blocks that cannot be read."""
     return {
         "blocks": parse_blocks(blocks),
         "sigma_percent": percents(start_percent, end_percent),
         "min_tokens": min_tokens,
         "unsupported": unsupported,
+        "dense_steps": (dense_first_steps, dense_last_steps),
+        "dense_blocks": (dense_first_blocks, dense_last_blocks),
+        "scope": scope,
     }
 
 

@@ -75,6 +75,33 @@ def test_declines_are_counted_with_their_reason():
     assert line.startswith(f"served {told['served']} of 40 calls") and "outside the chosen steps" in line
 
 
+def test_dense_steps_and_blocks_at_either_end():
+    model, spec = model_of("flux")
+    steps = plan(model, Exact(), dense_steps=(1, 2))
+    Job(spec, steps=4, cfg=1.0)(steps)
+    assert facts(steps, "Plan")["served"] == 4 and facts(steps, "Plan")["declined"] == {"outside the chosen steps": 12}
+    seen = []
+
+    class Notes(Exact):
+        def attend(self, state, call):
+            seen.append(call.block.number)
+            return super().attend(state, call)
+
+    Job(spec, steps=1, cfg=1.0)(plan(model, Notes(), dense_blocks=(1, 2)))
+    assert seen == [1]
+    with pytest.raises(ValueError, match="leave none of the 4 blocks"):
+        plan(model, Exact(), dense_blocks=(2, 2))
+
+
+@pytest.mark.parametrize(("name", "kind", "other"), [("flux", "joint", "self"), ("wan_meta", "self", "joint")])
+def test_scope_chooses_the_kind_of_call(name, kind, other):
+    model, spec = model_of(name)
+    job = Job(spec, steps=1)
+    taken, left = plan(model, Nothing(), scope=kind), plan(model, Nothing(), scope=other)
+    assert torch.equal(job(taken), job(plan(model, Nothing()))) and torch.equal(job(left), job(model))
+    assert set(facts(left, "Plan")["declined"]) == {"outside the chosen scope"}
+
+
 def test_references_and_guides():
     """Flux's reference latents follow the image; LTX guide frames make the layout unknown, so calls are declined."""
     model, spec = model_of("flux")
