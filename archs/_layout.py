@@ -40,6 +40,7 @@ class Blocks:
     mutates: bool = False  # the block writes into its input tensors: clone before keeping one
     joined: bool = False  # text and image are one sequence in the first stream, ordered as Arch.place says
     axes: str = "BND"  # of the first stream: Batch, Tokens N (or T, H, W apart), Dim
+    attention: str = ""  # its self-attention module, where ComfyUI's override does not come: its forward is wrapped
     stack: bool = True  # False: refiners and other lists outside the residual stack
 
 
@@ -66,6 +67,11 @@ class Arch:
     unordered: bool = False  # image tokens without places: nothing is near anything else
     notes: str = ""
     limits: dict[str, str] = field(default_factory=dict)  # "attention" or "blocks": why it cannot be served, for users
+
+    @property
+    def reached(self) -> bool:
+        """Whether attention modules are wrapped because the override does not reach them."""
+        return any(spec.attention for spec in self.blocks)
 
 
 def video(x: Latent) -> torch.Tensor:

@@ -12,12 +12,11 @@ ARCHS = (
         "ERNIE-Image",
         "ernie",
         ("ErnieImageModel",),
-        (Blocks("layers", ("x",), calls=("joint",), positions=(0,), joined=True),),
+        (Blocks("layers", ("x",), calls=("joint",), positions=(0,), joined=True, attention="self_attention"),),
         grid,
         "suffix",
         override=False,
         wrapper=False,
         indexed=False,
-        limits={"attention": "ERNIE-Image does not pass ComfyUI's attention override on."},
     ),
 )

@@ -13,11 +13,10 @@ ARCHS = (
         "HunyuanDiT",
         "hydit",
         ("HunYuanDiT",),
-        (Blocks("blocks", ("img",), "double_block", ("self", "cross")),),
+        (Blocks("blocks", ("img",), "double_block", ("self", "cross"), attention="attn1"),),
         grid,
         override=False,
         wrapper=False,
         indexed=False,
-        limits={"attention": "HunyuanDiT does not pass ComfyUI's attention override on."},
     ),
 )

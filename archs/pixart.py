@@ -13,11 +13,10 @@ ARCHS = (
         "PixArt",
         "pixart",
         ("PixArtMS",),
-        (Blocks("blocks", ("x",), calls=("self", "cross"), positions=(0,)),),
+        (Blocks("blocks", ("x",), calls=("self", "cross"), positions=(0,), attention="attn"),),
         grid,
         override=False,
         wrapper=False,
         indexed=False,
-        limits={"attention": "PixArt does not pass ComfyUI's attention override on."},
     ),
 )

@@ -69,7 +69,7 @@ class AttentionFeature(Feature):
             self.cannot(f"{self.name} cannot act here: {arch.limits['attention']}")
         elif arch.unordered and getattr(self.method, "spatial", False):
             self.cannot(f"{self.name} cannot act here: the tokens of {arch.name} are a set without places.")
-        elif not arch.override:
+        elif not (arch.override or arch.reached):
             self.cannot(
                 f"{self.name} cannot reach the attention of {arch.name}, which does not call ComfyUI's override."
             )
@@ -122,8 +122,13 @@ class AttentionFeature(Feature):
 def install(forward, options: dict[str, Any]) -> None:
     """Puts the dispatcher into this call's options; what it finds there becomes the fallback."""
     plans = [f for f in reversed(forward.run.acting) if isinstance(f, AttentionFeature)]
-    if plans and forward.run.arch is not None and forward.run.arch.override:
+    arch = forward.run.arch
+    if not plans or arch is None:
+        return
+    if arch.override:
         options[OVERRIDE] = eager(_dispatcher(forward, plans, options.get(OVERRIDE)), options)
+    elif arch.reached:
+        forward.dispatch = eager(_dispatcher(forward, plans, None), options)
 
 
 def _dispatcher(forward, plans: list[AttentionFeature], earlier: Callable | None):

@@ -47,12 +47,13 @@ def _list(diffusion_model: Any, spec: archs.Blocks) -> list[Any]:
     return list(owner.values()) if isinstance(owner, torch.nn.ModuleDict) else list(owner)
 
 
-def _path(diffusion_model: Any, spec: archs.Blocks, index: int) -> str:
+def block_path(diffusion_model: Any, spec: archs.Blocks, index: int) -> str:
+    """Dotted path of a block below the BaseModel."""
     owner = diffusion_model
     for part in spec.path.split("."):
         owner = getattr(owner, part)
     key = list(owner)[index] if isinstance(owner, torch.nn.ModuleDict) else str(index)
-    return f"diffusion_model.{spec.path}.{key}.forward"
+    return f"diffusion_model.{spec.path}.{key}"
 
 
 def around(forward, block: BlockPosition, streams: Streams, compute) -> Streams:
@@ -160,7 +161,7 @@ def wrap_forwards(patched) -> None:
         return
     for block in positions(arch, diffusion_model):
         if block.spec.replace is None:
-            path = _path(diffusion_model, block.spec, block.index)
+            path = f"{block_path(diffusion_model, block.spec, block.index)}.forward"
             current = patched.get_model_object(path)
             if not isinstance(current, WrappedForward):
                 patched.add_object_patch(path, WrappedForward(current, block))

@@ -117,7 +117,7 @@ def features_of(model_options: dict[str, Any]) -> tuple[Feature, ...]:
 
 def attach(model, feature: Feature):
     """A clone of the MODEL that carries one more feature."""
-    from . import blocks, compose, forward, memory
+    from . import blocks, compose, forward, memory, reach
 
     try:
         compose.check(features_of(model.model_options), feature, model)
@@ -140,6 +140,7 @@ def attach(model, feature: Feature):
         patched.remove_wrappers_with_key(kind, WRAPPER_KEY)
         patched.add_wrapper_with_key(kind, WRAPPER_KEY, wrapper)
     blocks.wrap_forwards(patched)
+    reach.wrap_attention(patched)
     if not feature.inactive:
         feature.attached(patched)
     return patched
