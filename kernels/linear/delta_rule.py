@@ -140,12 +140,12 @@ def by_fla(
     and for heads above 256."""
     _check(q, k, v, beta, g, state)
     _fla.check(q)
-    given = {name: _fla.rows(x) for name, x in (("q", q), ("k", k), ("v", v), ("beta", beta.float()))}
-    given |= {"scale": scale, "initial_state": state, "output_final_state": True}
+    rows = {name: _fla.rows(x) for name, x in (("q", q), ("k", k), ("v", v), ("beta", beta.float()))}
+    more = {"scale": scale, "initial_state": state, "output_final_state": True}
     if g is None:
-        out, last = _fla.function("delta_rule", "chunk_delta_rule")(**given)
+        out, last = _fla.function("delta_rule", "chunk_delta_rule")(**rows, **more)
     else:
-        out, last = _fla.function("gated_delta_rule", "chunk_gated_delta_rule")(**given, g=_fla.gates(g))
+        out, last = _fla.function("gated_delta_rule", "chunk_gated_delta_rule")(**rows, **more, g=_fla.gates(g))
     return out.transpose(1, 2), last
 
 
