@@ -14,6 +14,7 @@ from operators import TOLERANCE, attended, heads, listed, parts, seen_blocks
 from tessera.kernels.attention import hierarchical_sparse as hierarchical
 from tessera.kernels.attention.block_sparse import block_sparse
 from tessera.kernels.attention.pool import pool
+from tessera.kernels.attention.topk import hierarchical as select_levels
 from tessera.kernels.attention.topk import topk
 from tessera.kernels.linear.linear_attention import linear_attention
 
@@ -27,7 +28,7 @@ def cases(device: str) -> Iterator[Case]:
     """On a GPU: one attention layer of Wan 1.3B at 480p, and 256 x 256 pixels as tokens."""
     if device == "cuda":
         yield from sparse_linear_cases(32760, 12, 128, device, torch.bfloat16)
-        yield log_linear_case(65536, 6, 64, device, torch.bfloat16)
+        yield from log_linear_cases(65536, 6, 64, device, torch.bfloat16)
 
 
 def select(q, k, kept: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -133,28 +134,64 @@ def sparse_linear_cases(tokens: int, count: int, width: int, device: str, dtype:
     yield backward
 
 
-def log_linear_case(tokens: int, count: int, width: int, device: str, dtype: torch.dtype) -> Case:
-    """LLSA with two levels, as its authors' kernel has them."""
+def chosen(q, k, v, topk: int, block: int) -> tuple[torch.Tensor, ...]:
+    """What log_linear_attention attends to with two levels: idx, means of the keys and of the values, all levels."""
+    pyramid = hierarchical.Pyramid(q.shape[2], block, 2)
+    queries, keys, values = (hierarchical.pooled(x, pyramid) for x in (q, k, v))
+    return select_levels(queries, keys, block, topk)[0], torch.cat(keys, 2), torch.cat(values, 2)
+
+
+def over_levels(q, k, v, block: int, idx, keys, values) -> torch.Tensor:
+    """Log-linear attention over given nodes and means by the reference, which serves fp64."""
+    cnt = torch.full(idx.shape[:3], idx.shape[3], dtype=torch.int32, device=idx.device)
+    wide = (x.double() for x in (q, k, v, keys, values))
+    return hierarchical.hierarchical_sparse(*wide, idx, cnt, block, 2)[0]
+
+
+def over_levels_gradients(q, k, v, block: int, grad, idx, keys, values) -> tuple[torch.Tensor, ...]:
+    """Of q, k, v, through the attention and the means, whose values are the given ones."""
+    with torch.inference_mode(False), torch.enable_grad():
+        leaves = tuple(x.detach().clone().double().requires_grad_() for x in (q, k, v))
+        pyramid, means = hierarchical.Pyramid(q.shape[2], block, 2), []
+        for leaf, given in zip(leaves[1:], (keys, values), strict=True):
+            mean = torch.cat(hierarchical.pooled(leaf, pyramid), 2)
+            means.append(given.clone().double() + mean - mean.detach())
+        out = over_levels(*leaves, block, idx.clone(), *means)
+        return torch.autograd.grad(out, leaves, grad.clone().double())
+
+
+def log_linear_cases(tokens: int, count: int, width: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
+    """LLSA with two levels, as its authors' kernel has them: forwards, and backwards alone."""
     q, k, v = heads(tokens, count, width, device, dtype)
+    grad, topk, block = torch.randn_like(q), LLSA_TOPK, LLSA_BLOCK
 
-    def run() -> Any:
-        return hierarchical.log_linear_attention(q, k, v, LLSA_TOPK, LLSA_BLOCK, 2)
+    def run(q, k, v) -> Any:
+        return hierarchical.log_linear_attention(q, k, v, topk, block, 2)
 
-    def over(idx, keys, values) -> torch.Tensor:
-        cnt = torch.full(idx.shape[:3], idx.shape[3], dtype=torch.int32, device=device)
-        wide = (x.float() for x in (q, k, v, keys, values))
-        return hierarchical.reference(*wide, idx, cnt, LLSA_BLOCK, 2)[0]
-
-    case = Case(
-        "log_linear",
-        f"{tokens} tokens, {count} x {width}, {LLSA_TOPK} of the blocks of {LLSA_BLOCK} on 2 levels, selection "
-        f"included, {str(dtype)[6:]}",
-        run, None, TOLERANCE[dtype], rivals.dense(q, k, v, device), facts={"pairs": run()[2] / (count * tokens**2)},
+    own = chosen(q, k, v, topk, block)
+    facts = {"pairs": run(q, k, v)[2] / (count * tokens**2)}
+    title = f"{tokens} tokens, {count} x {width}, {topk} of the blocks of {block} on 2 levels, selection included, "
+    forward = Case(
+        "log_linear", title + str(dtype)[6:], lambda: run(q, k, v), lambda: over_levels(q, k, v, block, *own),
+        TOLERANCE[dtype], rivals.dense(q, k, v, device), facts=facts,
     )  # fmt: skip
+    backward = Case(
+        "log_linear", f"backward, {title}{str(dtype)[6:]}", backward_of(lambda *x: run(*x)[0], (q, k, v), grad),
+        lambda: over_levels_gradients(q, k, v, block, grad, *own), 3 * TOLERANCE[dtype],
+        dense_backward((q, k, v), grad, device), facts=facts, outputs=3,
+    )  # fmt: skip
+    plain = tuple(x.contiguous() for x in (q, k, v))
 
-    def add() -> None:
-        theirs, lists = official.llsa(q, k, v, LLSA_TOPK, LLSA_BLOCK)
-        case.add("official LLSA", theirs, lambda: over(*lists()))
+    def forward_rival() -> None:
+        theirs, lists = official.llsa(*plain, topk, block)
+        forward.add("official LLSA", theirs, lambda: over_levels(q, k, v, block, *lists()))
 
-    case.left_out = rivals.left_out("official LLSA", add)
-    return case
+    def backward_rival() -> None:
+        theirs = backward_of(lambda *x: official.llsa(*x, topk, block)[0](), plain, grad.contiguous())
+        _, lists = official.llsa(*plain, topk, block)
+        backward.add("official LLSA", theirs, lambda: over_levels_gradients(q, k, v, block, grad, *lists()))
+
+    forward.left_out = rivals.left_out("official LLSA", forward_rival)
+    yield forward
+    backward.left_out = rivals.left_out("official LLSA", backward_rival)
+    yield backward
