@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rivals import Run
 
 REF = Path(__file__).resolve().parents[1] / ".ref"
@@ -70,11 +69,7 @@ def llsa(q, k, v, topk: int, block: int) -> tuple[Run, Lists]:
         coarse = [mean.mean_pool1d(x, block) for x in fine]
         above = top.gen_sparse_indices(coarse[0], coarse[1], topk)
         chosen = top.compute_topk_indices_sparse(fine[0], fine[1], above, topk, topk, block)
-        both = [F.pad(x, (0, topk - x.shape[3])).int() for x in (chosen, above)]
-        return (
-            torch.cat(both, 2).sort(-1).values,
-            torch.cat((fine[1], coarse[1]), 2),
-            torch.cat((fine[2], coarse[2]), 2),
-        )
+        both = torch.cat((chosen.int(), above.int()), 2).sort(-1).values
+        return both, torch.cat((fine[1], coarse[1]), 2), torch.cat((fine[2], coarse[2]), 2)
 
     return lambda: attention.llsa_l2(q, k, v, topk, topk, block), lists

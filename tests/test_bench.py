@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tessera.kernels.linear import delta_rule
+from tessera.kernels.linear import delta_rule, ssd
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 
@@ -97,6 +97,21 @@ def test_a_rival_of_the_same_operation_must_agree(bench, case, capsys):
     assert row["left_out"]["fails"] == "MemoryError: not enough" and "error 4.0e-03" in row["left_out"]["far"]
     bench.show(row)
     assert "fails            left out, MemoryError: not enough" in capsys.readouterr().out
+
+
+def test_flash_linear_attention_is_a_rival_where_it_runs(bench, monkeypatch):
+    rivals, inputs = sys.modules["rivals"], ssd.example(70, "cpu", torch.float32)
+    assert not rivals.known("ssd", "cpu") and rivals.known("ssd", "cuda")
+    found = rivals.of("ssd", inputs, "cuda")
+    assert [*found.runs] == ["reference"] and found.same == {}
+    assert found.left_out["flash-linear-attention"].startswith(
+        "RuntimeError: flash-linear-attention needs 16-bit tensors"
+    )
+    monkeypatch.setattr(ssd, "by_fla", ssd.reference)
+    found = rivals.of("ssd", inputs, "cuda")
+    assert not found.left_out
+    got, want = (run["flash-linear-attention"]() for run in (found.runs, found.same))
+    assert torch.equal(got[0], want[0])
 
 
 def test_flops_of_the_operators_are_counted(bench):
