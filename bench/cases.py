@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import operators
+import papers
 import rivals
 import torch
 from case import Case
@@ -31,7 +32,7 @@ def kernel_cases(device: str) -> Iterator[Case]:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     for stem, module in kernels():
         op = getattr(module, stem)
-        if device == "cpu" and not rivals.known(stem):
+        if device == "cpu" and not rivals.known(stem, device):
             continue
         for tokens in TOKENS[device]:
             inputs = module.example(tokens, device, dtype)
@@ -45,10 +46,13 @@ def kernel_cases(device: str) -> Iterator[Case]:
                 own.runs or {"reference": lambda module=module, inputs=inputs: module.reference(*inputs)},
                 flush=own.memory_bound,
                 facts=own.facts,
+                same=own.same,
+                left_out=own.left_out,
             )
 
 
 def all_cases(device: str) -> Iterator[Case]:
     yield from kernel_cases(device)
     yield from operators.operator_cases(device)
+    yield from papers.cases(device)
     yield from operators.method_cases(device)

@@ -68,7 +68,7 @@ def operator_cases(device: str) -> Iterator[Case]:
             yield Case(
                 "block_sparse", f"{tokens} tokens, 8 x 64, blocks of {BLOCK}, {name}",
                 lambda q=q, k=k, v=v, i=idx, c=cnt: sparse.block_sparse(q, k, v, i, c, block_m=BLOCK, block_n=BLOCK),
-                lambda q=q, k=k, v=v, i=idx, c=cnt: listed(q, k, v, i, c), TOLERANCE[dtype], rivals.dense(q, k, v, device),
+                lambda q=q, k=k, v=v, i=idx: listed(q, k, v, i, BLOCK, BLOCK), TOLERANCE[dtype], rivals.dense(q, k, v, device),
                 {} if gpu else {"dense SDPA": PROMISES["block_sparse"][name]},
                 facts={"pairs": idx.shape[3] / idx.shape[2]},
             )  # fmt: skip
@@ -83,7 +83,7 @@ def operator_cases(device: str) -> Iterator[Case]:
     yield Case(
         "linear_attention", f"4096 tokens, 8 x 64, relu, {str(dtype)[6:]}", lambda: linear_attention(q, k, v),
         lambda: explicit_linear(q, k, v), 2 * TOLERANCE[dtype], rivals.dense(q, k, v, device),
-        {} if gpu else {"dense SDPA": PROMISES["linear"]},
+        {} if gpu else {"dense SDPA": PROMISES["linear"]}, facts={"flops": 64 / 4096},
     )  # fmt: skip
     for tokens in (16384, 65536) if gpu else (4096, 16384):
         q, k, v = heads(tokens, 6, 64, device, dtype)
@@ -138,26 +138,36 @@ def growths(device: str) -> Iterator[Growth]:
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
 
 
+def parts(tokens: int, step: int) -> Iterator[slice]:
+    for start in range(0, tokens, step):
+        yield slice(start, min(start + step, tokens))
+
+
+def attended(q, k, v, mask: torch.Tensor | None) -> torch.Tensor:
+    """Softmax attention by its definition in fp32; mask: the pairs that count."""
+    score = q.float() @ k.float().transpose(2, 3) * q.shape[3] ** -0.5
+    return (score if mask is None else score.masked_fill(~mask, -math.inf)).softmax(-1) @ v.float()
+
+
 def by_rows(q, k, v, seen: Callable[[slice], torch.Tensor | None], step: int = 256) -> torch.Tensor:
-    """Softmax attention by its definition in fp32, a few queries at a time; seen gives the pairs that count."""
-    rows = []
-    for start in range(0, q.shape[2], step):
-        at = slice(start, min(start + step, q.shape[2]))
-        score = q[:, :, at].float() @ k.float().transpose(2, 3) * q.shape[3] ** -0.5
-        mask = seen(at)
-        rows.append((score if mask is None else score.masked_fill_(~mask, -math.inf)).softmax(-1) @ v.float())
-    return torch.cat(rows, 2)
+    """The same, a few queries at a time; seen gives the pairs that count."""
+    return torch.cat([attended(q[:, :, at], k, v, seen(at)) for at in parts(q.shape[2], step)], 2)
 
 
-def listed(q, k, v, idx, cnt) -> torch.Tensor:
-    blocks = -(-k.shape[2] // BLOCK)
-    kept = torch.zeros(*idx.shape[:3], blocks, dtype=torch.bool, device=idx.device).scatter_(3, idx.long(), True)
+def seen_blocks(idx, keys: int, block_m: int, block_n: int) -> Callable[[slice], torch.Tensor]:
+    """Of queries: which of so many keys lie in the blocks idx [1, H, nQ, W] of their query block."""
+    kept = torch.zeros(*idx.shape[:3], -(-keys // block_n), dtype=torch.bool, device=idx.device)
+    kept.scatter_(3, idx.long(), True)
 
     def seen(at: slice) -> torch.Tensor:
-        rows = torch.arange(at.start, at.stop, device=idx.device) // BLOCK
-        return kept[:, :, rows].repeat_interleave(BLOCK, 3)[..., : k.shape[2]]
+        rows = torch.arange(at.start, at.stop, device=idx.device) // block_m
+        return kept[:, :, rows].repeat_interleave(block_n, 3)[..., :keys]
 
-    return by_rows(q, k, v, seen, BLOCK)
+    return seen
+
+
+def listed(q, k, v, idx, block_m: int, block_n: int) -> torch.Tensor:
+    return by_rows(q, k, v, seen_blocks(idx, k.shape[2], block_m, block_n), block_m)
 
 
 def windowed(q, k, v, side: int, edge: int) -> torch.Tensor:

@@ -19,15 +19,27 @@ class Rivals:
     truth: Run | None = None  # None: the kernel's reference
     memory_bound: bool = False
     facts: dict[str, float] = field(default_factory=dict)
+    same: dict[str, Run] = field(default_factory=dict)  # as in Case
+    left_out: dict[str, str] = field(default_factory=dict)
 
 
-def known(stem: str) -> bool:
+def known(stem: str, device: str) -> bool:
     """Whether this kernel has a rival besides its reference."""
-    return stem in RIVALS
+    return stem in RIVALS or (device == "cuda" and stem in ON_GPU)
 
 
 def of(stem: str, inputs: tuple, device: str) -> Rivals:
-    return RIVALS[stem](inputs, device) if known(stem) else Rivals()
+    return {**ON_GPU, **RIVALS}[stem](inputs, device) if known(stem, device) else Rivals()
+
+
+def left_out(name: str, attempt: Callable[[], Any]) -> dict[str, str]:
+    """{name: why it failed, in one line}, empty when it did not."""
+    try:
+        attempt()
+    except Exception as e:  # code of others: whatever it raises, the report goes on without it
+        first = (str(e).strip().splitlines() or [""])[0][:200]
+        return {name: first if isinstance(e, FileNotFoundError) else f"{type(e).__name__}: {first}"}
+    return {}
 
 
 def dense(q, k, v, device: str) -> dict[str, Run]:
@@ -41,16 +53,16 @@ def dense(q, k, v, device: str) -> dict[str, Run]:
             with sdpa_kernel(backend):
                 return sdpa(q, k, v)
 
-        try:
-            run()
-        except RuntimeError:  # the backend does not serve this GPU or these inputs
-            continue
-        runs[name] = run
-    try:
+        if not left_out(name, run):  # else the backend does not serve this GPU or these inputs
+            runs[name] = run
+
+    def sage():
         from sageattention import sageattn
-    except ImportError:
-        return runs
-    runs["SageAttention"] = lambda: sageattn(q, k, v, tensor_layout="HND")
+
+        return sageattn(q, k, v, tensor_layout="HND")
+
+    if not left_out("SageAttention", sage):
+        runs["SageAttention"] = sage
     return runs
 
 
@@ -67,10 +79,11 @@ def block_sparse(inputs: tuple, device: str) -> Rivals:
             rows.append(score.masked_fill_(~seen, -math.inf).softmax(-1) @ v.float())
         return torch.cat(rows, 2)
 
-    runs = dense(q, k, v, device)
+    found = Rivals(dense(q, k, v, device), truth, facts={"pairs": blocks.float().mean().item()})
     if device == "cuda":
-        runs["FlexAttention"] = _flex(q, k, v, idx, cnt, blocks)
-    return Rivals(runs, truth, facts={"pairs": blocks.float().mean().item()})
+        found.runs["FlexAttention"] = _flex(q, k, v, idx, cnt, blocks)
+        found.same["FlexAttention"] = truth
+    return found
 
 
 def _flex(q, k, v, idx, cnt, blocks) -> Run:
@@ -102,17 +115,36 @@ def forecast(inputs: tuple, device: str) -> Rivals:
     return Rivals({"eager sum": eager}, memory_bound=True)
 
 
+def _with_fla(found: Rivals, module: Any, inputs: tuple) -> Rivals:
+    """And flash-linear-attention's chunk kernel, where it is installed."""
+
+    def run():
+        return module.by_fla(*inputs)
+
+    name = "flash-linear-attention"
+    found.left_out = left_out(name, run)
+    if not found.left_out:
+        found.runs[name], found.same[name] = run, lambda: module.reference(*inputs)
+    return found
+
+
 def delta_rule(inputs: tuple, device: str) -> Rivals:
-    """flash-linear-attention's chunk kernel, where it is installed."""
     from tessera.kernels.linear import delta_rule as ours
 
-    if device != "cuda":
-        return Rivals({"dense SDPA": lambda: sdpa(*inputs[:3])})
-    try:
-        ours.by_fla(*inputs)
-    except (ImportError, RuntimeError):
-        return Rivals()
-    return Rivals({"flash-linear-attention": lambda: ours.by_fla(*inputs)})
+    q, _, v = inputs[:3]
+    n, d, e, chunk = *q.shape[2:], v.shape[3], 64
+    share = (6 * d * e + chunk * (6 * d + 4 * e)) / (2 * n * (d + e))  # products of a token in the chunk form
+    found = Rivals({"dense SDPA": lambda: sdpa(*inputs[:3])}, facts={"flops": share})
+    return _with_fla(found, ours, inputs) if device == "cuda" else found
 
 
+def ssd(inputs: tuple, device: str) -> Rivals:
+    from tessera.kernels.linear import ssd as ours
+
+    found = Rivals({"reference": lambda: ours.reference(*inputs)})
+    return _with_fla(found, ours, inputs)
+
+
+DENSE = ("dense SDPA", "FlashAttention", "cuDNN", "SageAttention")
 RIVALS = {"block_sparse": block_sparse, "forecast": forecast, "delta_rule": delta_rule}
+ON_GPU = {"ssd": ssd}

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tessera.kernels.linear import delta_rule, ssd
+
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 
 
@@ -47,6 +49,81 @@ def test_a_missed_promise_fails_and_names_both_numbers(bench, case):
     assert "failed" not in bench.measure(case, "cpu")
     case.bars = {"rival": 3.5}
     assert bench.measure(case, "cpu")["failed"] == "3.00x rival, promised 3.5x"
+
+
+@pytest.mark.parametrize("wrong", [torch.full((4,), 1.1), torch.full((4,), torch.nan)], ids=["off", "NaN"])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_every_output_that_counts_is_compared(bench, case, place, wrong):
+    right = torch.ones(4)
+    case.truth, case.outputs = lambda: (right, right, right), 2
+    case.ours = lambda: tuple(wrong if i == place else right for i in range(3))
+    assert ("failed" in bench.measure(case, "cpu")) == (place < 2)
+
+
+@pytest.mark.parametrize(
+    ("facts", "ratio"),
+    [({"pairs": 0.25}, 4), ({"pairs": 0.25, "computed": 0.5}, 2), ({"pairs": 0.5, "flops": 0.1}, 10), ({}, None)],
+    ids=str,
+)
+def test_flop_ratio_stands_beside_the_time_ratio(bench, case, facts, ratio, capsys):
+    case.facts, case.rivals["dense SDPA"] = facts, case.rivals["rival"]
+    row = bench.measure(case, "cpu")
+    assert row.get("flop_ratio") == ratio
+    bench.show(row)
+    dense = next(line for line in capsys.readouterr().out.splitlines() if "dense SDPA" in line)
+    assert dense.endswith(f"3.00x  {ratio:6.2f}x in FLOP" if ratio else "3.00x")
+
+
+def test_no_flop_ratio_without_a_dense_rival(bench, case, capsys):
+    case.facts = {"pairs": 0.25}
+    row = bench.measure(case, "cpu")
+    bench.show(row)
+    assert "flop_ratio" not in row and "FLOP" not in capsys.readouterr().out
+
+
+def test_a_rival_of_the_same_operation_must_agree(bench, case, capsys):
+    """Up to ROOM times our tolerance; else it is named instead of being timed, and a promise against it is void."""
+    case.tolerance, case.bars = 1e-3, {"near": 2.5, "far": 99}
+    case.add("near", lambda: torch.full((4,), 1.002), lambda: torch.ones(4))
+    case.add("far", lambda: torch.full((4,), 1.004), lambda: torch.ones(4))
+    case.add("other lists", lambda: torch.full((4,), 7.0), lambda: torch.full((4,), 7.0))
+
+    def fails():
+        raise MemoryError("not enough\nby far")
+
+    case.add("fails", fails, lambda: torch.ones(4))
+    row = bench.measure(case, "cpu")
+    assert [*row["times"]] == ["tessera", "rival", "near", "other lists"] and "failed" not in row
+    assert row["left_out"]["fails"] == "MemoryError: not enough" and "error 4.0e-03" in row["left_out"]["far"]
+    bench.show(row)
+    assert "fails            left out, MemoryError: not enough" in capsys.readouterr().out
+
+
+def test_flash_linear_attention_is_a_rival_where_it_runs(bench, monkeypatch):
+    rivals, inputs = sys.modules["rivals"], ssd.example(70, "cpu", torch.float32)
+    assert not rivals.known("ssd", "cpu") and rivals.known("ssd", "cuda")
+    found = rivals.of("ssd", inputs, "cuda")
+    assert [*found.runs] == ["reference"] and found.same == {}
+    assert found.left_out["flash-linear-attention"].startswith(
+        "RuntimeError: flash-linear-attention needs 16-bit tensors"
+    )
+    monkeypatch.setattr(ssd, "by_fla", ssd.reference)
+    found = rivals.of("ssd", inputs, "cuda")
+    assert not found.left_out
+    got, want = (run["flash-linear-attention"]() for run in (found.runs, found.same))
+    assert torch.equal(got[0], want[0])
+
+
+def test_flops_of_the_operators_are_counted(bench):
+    """Beside dense attention's 4 N^2 D of a head."""
+    papers, rivals = sys.modules["papers"], sys.modules["rivals"]
+    case = next(papers.sparse_linear_cases(1000, 1, 16, "cpu", torch.float32))
+    blocks, n, d = case.facts["pairs"] * 16, 1000, 16
+    assert blocks == 1  # 5 % of 16 is less than one
+    counted = 4 * n * n * d / 16 + 4 * n * d * d + 2 * n * d * d + 2 * d * (n / 128) * (n / 64)
+    assert case.facts["flops"] == pytest.approx(counted / (4 * n * n * d))
+    delta = rivals.delta_rule(delta_rule.example(1024, "cpu", torch.float32), "cpu")
+    assert delta.facts["flops"] == pytest.approx((6 * 128**2 + 64 * 10 * 128) / (4 * 1024 * 128))
 
 
 def test_speed_up_is_the_median_over_rounds(bench):

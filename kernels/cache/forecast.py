@@ -9,7 +9,9 @@ of an extrapolation are large, of both signs, and sum to 1: anchored, s is exact
 subtracted first (almost without rounding) and only their small difference is amplified. One feature with weight 1 is
 copied bit for bit, and so is a feature that never changes.
 
-Bandwidth bound: each feature is read once, the result written once. Nothing is formed in the low storage precision.
+Bandwidth bound: each feature is read once, the result written once. A launch takes up to MOST features; more are added
+to an fp32 sum, launch after launch, each of which reads the anchor again. Nothing is formed in the low storage
+precision.
 """
 
 import logging
@@ -21,7 +23,7 @@ import torch
 from .._triton import on_gpu, tl, triton
 
 BLOCK = 1024  # elements a program; 4 warps then load 16 bytes of bf16 a thread from each feature
-MOST = 5  # features the kernel takes: order 4 needs five
+MOST = 8  # features that one launch reads, the anchor among them: order 4 needs five
 CPU_CHUNK = 1 << 16  # elements; a chunk's fp32 copies stay in the L2 cache
 GPU_CHUNK = 1 << 24  # bounds the fp32 copies where the reference serves a GPU
 
@@ -65,12 +67,17 @@ def reference(features: Sequence[torch.Tensor], weights: Sequence[float], dtype:
 
 
 @triton.jit
-def _forecast_kernel(OUT, A, B, C, D, E, total, w_b, w_c, w_d, w_e, n, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+def _forecast_kernel(
+    OUT, SUM, A, B, C, D, E, F, G, H, total, w_b, w_c, w_d, w_e, w_f, w_g, w_h, n,
+    COUNT: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """OUT = total A + w_b (B - A) + .. over COUNT features. ADD: the differences are added to SUM, fp32, instead of to
+    total A; SUM may be OUT."""
     start = tl.program_id(0).to(tl.int64) * BLOCK  # the tensors may hold more than 2^31 elements
     i = tl.arange(0, BLOCK)
     mask = i < n - start
     anchor = tl.load(A + start + i, mask, 0.0).to(tl.float32)
-    y = total * anchor
+    y = tl.load(SUM + start + i, mask, 0.0) if ADD else total * anchor
     if COUNT > 1:
         y += w_b * (tl.load(B + start + i, mask, 0.0).to(tl.float32) - anchor)
     if COUNT > 2:
@@ -79,6 +86,12 @@ def _forecast_kernel(OUT, A, B, C, D, E, total, w_b, w_c, w_d, w_e, n, COUNT: tl
         y += w_d * (tl.load(D + start + i, mask, 0.0).to(tl.float32) - anchor)
     if COUNT > 4:
         y += w_e * (tl.load(E + start + i, mask, 0.0).to(tl.float32) - anchor)
+    if COUNT > 5:
+        y += w_f * (tl.load(F + start + i, mask, 0.0).to(tl.float32) - anchor)
+    if COUNT > 6:
+        y += w_g * (tl.load(G + start + i, mask, 0.0).to(tl.float32) - anchor)
+    if COUNT > 7:
+        y += w_h * (tl.load(H + start + i, mask, 0.0).to(tl.float32) - anchor)
     tl.store(OUT + start + i, y.to(OUT.dtype.element_ty), mask)
 
 
@@ -90,20 +103,30 @@ forecast.register_fake(
 
 @on_gpu(forecast)
 def launch(features: Sequence[torch.Tensor], weights: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
+    """As reference, which serves fp64."""
     first = _check(features, weights)
-    if first.dtype == torch.float64 or dtype == torch.float64 or len(features) > MOST:
-        logging.getLogger("tessera").debug("forecast: reference serves %d features, %s", len(features), first.dtype)
+    if first.dtype == torch.float64 or dtype == torch.float64:
+        logging.getLogger("tessera").debug("forecast: reference serves %s to %s", first.dtype, dtype)
         return reference(features, weights, dtype)
-    rows = [feature.contiguous() for feature in features]
-    rows += [rows[0]] * (MOST - len(rows))  # never read: COUNT compiles their loads out
-    factors = [math.fsum(weights), *weights[1:]] + [0.0] * (MOST - len(weights))
     out = torch.empty(first.shape, dtype=dtype, device=first.device)
-    n = out.numel()
-    if n:
-        _forecast_kernel[(triton.cdiv(n, BLOCK),)](
-            out, *rows, *factors, n, COUNT=len(features), BLOCK=BLOCK, num_warps=4
-        )
+    if not out.numel():
+        return out
+    anchor, total, parts = first.contiguous(), math.fsum(weights), _parts(len(features))
+    held = out if dtype == torch.float32 or len(parts) == 1 else torch.empty_like(out, dtype=torch.float32)
+    for part in parts:
+        rows = [anchor, *(feature.contiguous() for feature in features[part])]
+        spare = MOST - len(rows)  # never read: COUNT compiles their loads out
+        _forecast_kernel[(triton.cdiv(out.numel(), BLOCK),)](
+            out if part is parts[-1] else held, held, *rows, *[anchor] * spare,
+            total, *weights[part], *[0.0] * spare, out.numel(),
+            COUNT=len(rows), ADD=part is not parts[0], BLOCK=BLOCK, num_warps=4,
+        )  # fmt: skip
     return out
+
+
+def _parts(count: int) -> list[slice]:
+    """Which features besides the anchor each launch takes."""
+    return [slice(start, min(start + MOST - 1, count)) for start in range(1, max(count, 2), MOST - 1)]
 
 
 def example(tokens: int, device: str, dtype: torch.dtype) -> tuple:
@@ -114,13 +137,17 @@ def example(tokens: int, device: str, dtype: torch.dtype) -> tuple:
 
 
 def aot_specs() -> list[dict]:
-    """What ahead-of-time compilation checks: every number of features, bf16, and fp32 stored for a bf16 model."""
-    scalars = {"total": "fp32", "w_b": "fp32", "w_c": "fp32", "w_d": "fp32", "w_e": "fp32", "n": "i32"}
+    """What ahead-of-time compilation checks: every number of features, bf16 and fp32 stored for a bf16 model, and the
+    last launch of several."""
+    scalars = dict.fromkeys(["total", *(f"w_{x}" for x in "bcdefgh")], "fp32") | {"n": "i32"}
+    asked = [("bf16", count, False) for count in range(1, MOST + 1)]
+    asked += [("fp32", 2, False), ("fp32", MOST, False), ("bf16", 2, True), ("bf16", MOST, True)]
     specs = []
-    for stored, count in [("bf16", count) for count in range(1, MOST + 1)] + [("fp32", 2), ("fp32", MOST)]:
-        args = {"OUT": "*bf16", **dict.fromkeys("ABCDE", f"*{stored}"), **scalars}
-        const = {"COUNT": count, "BLOCK": BLOCK}
-        extra = (stored, count) not in (("bf16", 2), ("fp32", MOST))
+    for stored, count, add in asked:
+        args = {"OUT": "*bf16", "SUM": "*fp32", **dict.fromkeys("ABCDEFGH", f"*{stored}"), **scalars}
+        const = {"COUNT": count, "ADD": add, "BLOCK": BLOCK}
+        extra = (stored, count, add) not in (("bf16", 2, False), ("bf16", MOST, True))
         spec = {"kernel": "_forecast_kernel", "extra": extra, "args": args, "const": const, "warps": 4, "stages": 3}
-        specs.append(spec | {"tag": f"{stored} x{count}", "per_target": {}, "expect": {}})
+        tag = f"{stored} x{count}{' added' if add else ''}"
+        specs.append(spec | {"tag": tag, "per_target": {}, "expect": {}})
     return specs

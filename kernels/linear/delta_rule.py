@@ -12,7 +12,7 @@ state goes from chunk to chunk. Chunks have 64 tokens (fp32 kernels: 32).
 import torch
 
 from .._triton import on_gpu
-from . import _delta_launch, _delta_passes
+from . import _delta_launch, _delta_passes, _fla
 from ._delta_kernels import delta_carry as delta_carry
 from ._delta_kernels import delta_inverse as delta_inverse
 from ._delta_kernels import delta_prepare as delta_prepare
@@ -136,22 +136,16 @@ def by_fla(
     state: torch.Tensor | None = None,
     scale: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As reference, by flash-linear-attention, which nothing here chooses by itself: for whoever names it, and as the
-    rival to measure against. RuntimeError where it is not installed, without a GPU, and for fp32 and fp64."""
+    """As reference, by flash-linear-attention. RuntimeError where it is not installed, without a GPU, for fp32 and fp64,
+    and for heads above 256."""
     _check(q, k, v, beta, g, state)
-    if q.device.type != "cuda" or q.element_size() > 2:
-        raise RuntimeError(f"flash-linear-attention needs 16-bit tensors on a GPU, got {q.dtype} on {q.device}.")
-    try:
-        from fla.ops.delta_rule import chunk_delta_rule
-        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-    except ImportError as e:
-        raise RuntimeError("flash-linear-attention is not installed: pip install flash-linear-attention.") from e
-    rows = {name: x.transpose(1, 2).contiguous() for name, x in (("q", q), ("k", k), ("v", v), ("beta", beta))}
+    _fla.check(q)
+    rows = {name: _fla.rows(x) for name, x in (("q", q), ("k", k), ("v", v), ("beta", beta.float()))}
     more = {"scale": scale, "initial_state": state, "output_final_state": True}
     if g is None:
-        out, last = chunk_delta_rule(**rows, **more)
+        out, last = _fla.function("delta_rule", "chunk_delta_rule")(**rows, **more)
     else:
-        out, last = chunk_gated_delta_rule(**rows, g=g.float().transpose(1, 2).contiguous(), **more)
+        out, last = _fla.function("gated_delta_rule", "chunk_gated_delta_rule")(**rows, **more, g=_fla.gates(g))
     return out.transpose(1, 2), last
 
 

@@ -15,7 +15,7 @@ one matrix, whose lower half decays forwards and whose upper half decays backwar
 import torch
 
 from .._triton import on_gpu
-from . import _ssd_launch
+from . import _fla, _ssd_launch
 from ._reference import exact, rows_like
 from ._ssd_kernels import ssd_carry as ssd_carry
 from ._ssd_kernels import ssd_out as ssd_out
@@ -155,6 +155,41 @@ def _gradients(ctx, grad, grad_state):
 
 
 ssd.register_autograd(_gradients, setup_context=_save)
+
+
+def by_fla(
+    x: torch.Tensor,
+    b: torch.Tensor,
+    c: torch.Tensor,
+    a: torch.Tensor,
+    state: torch.Tensor | None = None,
+    direction: str = "forward",
+    a_reverse: torch.Tensor | None = None,
+    diagonal: int = 1,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As reference, by flash-linear-attention, which scans forwards only: the reverse scan is one of flipped tokens, and
+    B and C are repeated for each head of a group. Decays below e^-100 count as e^-100. RuntimeError where it is not
+    installed, without a GPU, for fp32 and fp64, and for more than 256 states."""
+    _check(x, b, c, a, state, direction, a_reverse, diagonal)
+    _fla.check(c)
+    scan = _fla.function("simple_gla", "chunk_simple_gla")
+    b, c = (t.repeat_interleave(x.shape[1] // b.shape[1], 1) for t in (b, c))
+
+    def scanned(start: torch.Tensor | None, decay: torch.Tensor, reverse: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        q, k, v, g = (t.flip(2) if reverse else t for t in (c, b, x, decay))
+        given = {"q": _fla.rows(q), "k": _fla.rows(k), "v": _fla.rows(v), "g": _fla.gates(g), "scale": 1.0}
+        out, last = scan(**given, initial_state=start, output_final_state=True)
+        return (out.flip(1) if reverse else out).transpose(1, 2), last
+
+    back = a if a_reverse is None else a_reverse
+    if direction != "both":
+        return scanned(state, back if direction == "reverse" else a, direction == "reverse")
+    first, second = (None, None) if state is None else state.unbind(0)
+    (forth, last), (out, end) = scanned(first, a, False), scanned(second, back, True)
+    out = forth.float() + out.float()
+    if diagonal == 1:
+        out = out - (b.float() * c.float()).sum(-1, keepdim=True) * x.float()
+    return out.to(x.dtype), torch.stack((last, end))
 
 
 def example(tokens: int, device: str, dtype: torch.dtype) -> tuple:

@@ -76,9 +76,27 @@ def test_double_stays_double(device):
     assert got.dtype == torch.float64 and (got - exact(features, WEIGHTS[2])).abs().max() < 1e-13
 
 
-def test_more_features_than_the_kernel_takes(device, error):
-    features, weights = make((2, 9, 8), m.MOST + 2, device), [0.5, 0.3, -0.2, 0.1, 0.4, -0.3, 0.2]
-    assert error(m.launch(features, weights, torch.float32), exact(features, weights)) < 1e-6
+@pytest.mark.parametrize("count", [6, 7, 8, 9, 15, 16, 23])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_any_number_of_features_by_the_kernel(count, dtype, device, error, monkeypatch):
+    """Up to 8 in one launch, then 7 more with each; the sum between launches is fp32, whatever the result is."""
+    features = make((2, 600, 3), count, device, dtype)
+    weights = [(-1.0) ** i * (1 + i / 8) for i in range(count)]
+    monkeypatch.setattr(m, "reference", None)
+    got = m.launch(features, weights, dtype)
+    assert got.dtype == dtype and error(got, exact(features, weights)) < (1e-6 if dtype == torch.float32 else 6e-3)
+
+
+@pytest.mark.parametrize("count", [1, 2, 8, 9, 15, 16])
+def test_every_feature_is_taken_once(count):
+    taken = [i for part in m._parts(count) for i in range(count)[part]]
+    assert taken == [*range(1, count)] and len(m._parts(count)) == max(1, -(-(count - 1) // (m.MOST - 1)))
+
+
+def test_a_constant_feature_survives_two_launches(device):
+    (feature,) = make((2, 64, 8), 1, device, torch.bfloat16)
+    weights = [4e5, -7e5, 3e5 + 1, *[0.0] * 6]
+    assert torch.equal(m.launch([feature.clone() for _ in weights], weights, torch.bfloat16), feature)
 
 
 def test_reference_chunks_cover_a_long_tensor(error):
