@@ -2,6 +2,7 @@
 applies answers or declines with a reason, then the next one, then the override that another pack installed (before or
 after us), at last the dense backend."""
 
+import functools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from ..methods.attention.call import Answer, AttentionCall, AttentionMethod, Dec
 from . import prewarm
 from .blocks import BlockPosition, eager, positions
 from .run import Feature
+from .work import Work, advice
 
 OVERRIDE = "optimized_attention_override"
 NAMES = ("q", "k", "v", "heads", "mask", "attn_precision", "skip_reshape", "skip_output_reshape")
@@ -26,6 +28,7 @@ class PlanState:
     declined: Counter = field(default_factory=Counter)
     pairs: float = 0.0  # query-key pairs computed by served calls, summed over heads and batch rows
     dense_pairs: float = 0.0  # what dense attention would have computed in the same calls
+    work: Work = field(default_factory=Work)
 
     def add(self, answer: Answer) -> None:
         self.served += 1
@@ -41,6 +44,7 @@ class PlanState:
             "pairs": self.pairs,
             "dense_pairs": self.dense_pairs,
             "pairs_fraction": round(self.pairs / self.dense_pairs, 6) if self.dense_pairs else 1.0,
+            **self.work.facts(),
         }
 
 
@@ -97,7 +101,10 @@ class AttentionFeature(Feature):
         if not facts or not facts["calls"]:
             return "no image self-attention reached this node"
         declined = "".join(f"; {n} declined: {why}" for why, n in facts["declined"].items())
-        return f"served {facts['served']} of {facts['calls']} calls, {facts['pairs_fraction']:.1%} of pairs{declined}"
+        served = f"served {facts['served']} of {facts['calls']} calls, {facts['pairs_fraction']:.1%} of pairs"
+        saved = f", {facts['flops_saved']:.1%} of the blocks' FLOPs saved" if facts["served"] else ""
+        hint = advice(facts)
+        return f"{served}{saved}{declined}{f'; {hint}' if hint else ''}"
 
     def reason_to_decline(self, call: AttentionCall) -> str | None:
         run = call.forward.run
@@ -145,14 +152,20 @@ def _dispatcher(forward, plans: list[AttentionFeature], earlier: Callable | None
             return rest()
         for plan in plans:
             state = forward.run.states[plan]
+            state.work.offered(call)
             reason = plan.reason_to_decline(call)
             if reason is None:
                 try:
-                    answer = plan.method.attend(state.method, call)
+                    answer = state.work.timed(
+                        functools.partial(plan.method.attend, state.method, call),
+                        functools.partial(func, *args, **kwargs),
+                        call.q.device,
+                    )
                 except Decline as decline:
                     reason = str(decline)
                 else:
                     state.add(answer)
+                    state.work.spared(call, answer)
                     return pack(answer.out)
             state.declined[reason] += 1
         return rest()

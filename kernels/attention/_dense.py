@@ -11,7 +11,7 @@ SCORES = 1 << 26  # scores held at once where no fused attention serves
 class Scratch:
     """Memory that the chunks of one call share: on a CPU new pages cost more than what is written to them."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._held: dict[str, torch.Tensor] = {}
 
     def take(self, name: str, shape: tuple[int, ...], like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -1,0 +1,122 @@
+"""Which attention node serves which model: `python bootstrap/attention_matrix.py` runs every node at its defaults, with
+min_tokens 0, on one tiny model of each family for one step, and writes tests/golden/attention_matrix.json,
+docs/attention_matrix.md and the table in README.md."""
+
+import argparse
+import inspect
+import json
+import re
+from typing import Any
+
+from pack import ROOT, load_pack, use_comfyui
+
+use_comfyui()
+load_pack()
+
+from comfy_api.latest import io
+from tiny_models import sample, tiny
+from tiny_specs import SPECS
+
+from tessera import archs
+from tessera.nodes import discover
+from tessera.patching.report import latest_record
+
+LOCK, PAGE, README = ROOT / "tests/golden/attention_matrix.json", ROOT / "docs/attention_matrix.md", ROOT / "README.md"
+BEGIN, END = "<!-- attention matrix -->\n", "<!-- end of the attention matrix -->"
+Cell = dict[str, Any]  # {"refused": sentence}, or {"served": calls, "declined": {reason: calls}}
+
+
+def attention_nodes() -> list[type[io.ComfyNode]]:
+    """The nodes that need nothing but a MODEL and take the shared inputs."""
+    found = []
+    for node in discover(strict=True):
+        inputs = {i.id: i for i in node.GET_SCHEMA().inputs}
+        needed = [
+            i for i in inputs.values() if not i.optional and i.id != "model" and not isinstance(i, io.WidgetInput)
+        ]
+        if "min_tokens" in inputs and "model" in inputs and not needed:
+            found.append(node)
+    return sorted(found, key=lambda node: node.GET_SCHEMA().display_name)
+
+
+def defaults(node: type[io.ComfyNode]) -> dict[str, Any]:
+    """Values of the widgets that must be given."""
+    given = {}
+    for widget in node.GET_SCHEMA().inputs:
+        if widget.id != "model" and not widget.optional:
+            options = getattr(widget, "options", None)
+            given[widget.id] = options[0] if widget.default is None and options else widget.default
+    return given
+
+
+def cell(node: type[io.ComfyNode], name: str) -> Cell:
+    """What this node does on the tiny model of that name."""
+    model, spec = tiny(name)
+    prepared = node.PREPARE_CLASS_CLONE({"hidden_inputs": {io.Hidden.unique_id: "1"}})
+    try:
+        made = prepared.EXECUTE_NORMALIZED(model=model, **(defaults(node) | {"min_tokens": 0}))
+    except ValueError as sentence:
+        return {"refused": str(sentence)}
+    patched = made[0]
+    sample(patched, spec, steps=1)
+    told = latest_record(patched)["features"][-1]["facts"]
+    return {"served": told["served"], "declined": told["declined"]}
+
+
+def families() -> dict[str, str]:
+    """Tiny model: name of its family."""
+    return {name: archs.find(tiny(name)[0].model.diffusion_model).name for name in SPECS}
+
+
+def word(value: Cell) -> str:
+    """The cell in one word, or with its reason."""
+    if "refused" in value:
+        return "no: " + value["refused"]
+    if not value["declined"]:
+        return "yes"
+    return ("part: " if value["served"] else "no: ") + "; ".join(value["declined"])
+
+
+def tables(cells: dict[str, dict[str, Cell]], names: dict[str, str]) -> tuple[str, str]:
+    """(page, table for the README) from {node: {tiny model: cell}}."""
+    nodes = list(cells)
+    page = [
+        "# Which attention node serves which model\n",
+        "Written by `make matrix`: each node at its defaults, on a tiny model of the family in ComfyUI's own loader. "
+        "Only image self-attention counts.\n",
+        f"| model | {' | '.join(nodes)} |",
+        "|---" * (len(nodes) + 1) + "|",
+    ]
+    short: dict[str, list[str]] = {}
+    for name, family in names.items():
+        words = [word(cells[node][name]) for node in nodes]
+        page.append(f"| {family} (`{name}`) | {' | '.join(words)} |")
+        short.setdefault(family, [w.split(":")[0] for w in words])
+    head = [f"| | {' | '.join(nodes)} |", "|---" * (len(nodes) + 1) + "|"]
+    rows = [f"| {family} | {' | '.join(words)} |" for family, words in short.items()]
+    return "\n".join(page) + "\n", "\n".join(head + rows) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=inspect.getdoc(inspect.getmodule(main)))
+    parser.add_argument("--only", help="words in display names of nodes; the others keep what is written")
+    args = parser.parse_args()
+    cells: dict[str, dict[str, Cell]] = json.loads(LOCK.read_text()) if LOCK.is_file() else {}
+    nodes = {node.GET_SCHEMA().display_name: node for node in attention_nodes()}
+    for title, node in nodes.items():
+        if title not in cells or not args.only or re.search(args.only, title, re.IGNORECASE):
+            cells[title] = {name: cell(node, name) for name in SPECS}
+            print(
+                f"{title}: {sum('served' in c for c in cells[title].values())} of {len(SPECS)} tiny models", flush=True
+            )
+    cells = {title: cells[title] for title in nodes}
+    LOCK.write_text(json.dumps(cells, indent=1) + "\n")
+    page, table = tables(cells, families())
+    PAGE.write_text(page)
+    text = README.read_text()
+    before, rest = text.split(BEGIN)
+    README.write_text(before + BEGIN + table + END + rest.split(END)[1])
+
+
+if __name__ == "__main__":
+    main()
