@@ -22,17 +22,18 @@ def lists(b, h, nq, nk, density=0.5):
 def make(shape, device, dtype=torch.float32, heads=None):
     b, h, hkv, nq, nk, d, block_m, block_n = shape
     q = torch.randn(b, nq, h, d, device=device).to(dtype).transpose(1, 2)  # token-major, as ComfyUI's views are
-    kv = torch.randn(b, nk, 2, hkv, d, device=device).to(dtype)  # one packed projection
-    k, v = kv.permute(2, 0, 3, 1, 4)
+    k = torch.randn(b, nk, 2, hkv, d, device=device).to(dtype)[:, :, 0].transpose(1, 2)  # of one packed projection
+    v = torch.randn(b, hkv, nk, d, device=device).to(dtype)  # other strides than k's
     idx, cnt = lists(b, heads or h, -(-nq // block_m), -(-nk // block_n))
     return q, k, v, idx.to(device), cnt.to(device)
 
 
 def rule_inputs(shape, device, per_head):
-    """make() with a mode for each entry and random coordinates, some of tokens without a place."""
+    """make() with a mode for each entry and random coordinates, some of tokens without a place; the fourth column
+    of those of keys must not count."""
     q, k, v, idx, cnt = make(shape, device, heads=None if per_head else 1)
     mode = torch.randint(0, 2, idx.shape, device=device).to(torch.int8)
-    qc, kc = (torch.randint(-1, 5, (n, 3), device=device).int() for n in shape[3:5])
+    qc, kc = (torch.randint(-1, 5, size, device=device).int() for size in ((shape[3], 3), (shape[4], 4)))
     return q, k, v, idx, cnt, mode, qc, kc
 
 

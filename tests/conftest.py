@@ -21,6 +21,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     import interpreter
 
     interpreter.repair()
+    interpreter.guard()
 
 
 def pytest_collection_modifyitems(items):

@@ -20,13 +20,14 @@ def sizes_of(tokens, block, levels):
 
 
 def make(shape, device, dtype=torch.float32):
-    """Token-major inputs; pooled keys are random, lists are ascending with other counts in every row, none of them
-    confined to what a parent chose; what stands behind a list must not count."""
+    """Token-major q and k, values of other strides; pooled keys are random, lists are ascending with other counts in
+    every row, none of them confined to what a parent chose; what stands behind a list must not count."""
     b, h, kv, n, d, block, levels, width = shape
     sizes = sizes_of(n, block, levels)
     q = torch.randn(b, n, h, d, device=device).to(dtype).transpose(1, 2)
-    k, v = torch.randn(b, n, 2, kv, d, device=device).to(dtype).permute(2, 0, 3, 1, 4)
-    kc, vc = torch.randn(2, b, kv, sum(sizes[1:]), d, device=device).to(dtype)
+    k = torch.randn(b, n, 2, kv, d, device=device).to(dtype)[:, :, 0].transpose(1, 2)
+    v, kc = (torch.randn(b, kv, rows, d, device=device).to(dtype) for rows in (n, sum(sizes[1:])))
+    vc = torch.randn(b, sum(sizes[1:]), kv, d, device=device).to(dtype).transpose(1, 2)
     idx, cnt = [], []
     for size in sizes[1:]:
         pick = torch.rand(b, h, size, size).argsort(-1)[..., :width].sort(-1).values

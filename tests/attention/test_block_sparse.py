@@ -181,7 +181,12 @@ def everything(dtype, device):
     cnt[1, 0, 1] = 0
     cnt[0, 1, 0], idx[0, 1, 0, 0] = 1, 0  # only keys of the segment that is not seen
     bias = torch.tensor([[0.3, -1.0, 0.0, -math.inf], [-0.5, 2.0, -math.inf, 0.1]], device=device)
-    parts = torch.randn(70, device=device), bias, torch.rand(2, 2, 40, device=device), torch.randn_like(q)
+    parts = (
+        torch.randn(70, device=device),
+        bias,
+        torch.rand(2, 2, 40, device=device),
+        torch.randn(q.shape, device=device),
+    )
     leaves = [x.to(dtype).detach() for x in (q, k, v, *parts)]
 
     def call(serve, q, k, v, weight, bias, factor, residual):

@@ -101,7 +101,12 @@ def test_nothing_seen_gives_nothing_back(serve, device):
     q, k, v = torch.randn(3, 1, 2, 64, 16, device=device)
     idx, _ = forward.full_lists(2, 2, device)
     cnt = torch.tensor([[[0, 1]]], dtype=torch.int32, device=device)
-    _, _, (dq, dk, dv, _) = run(serve, q, k, v, idx, cnt, block_m=32, block_n=32)
+    coords = torch.arange(64, device=device).int()[:, None].expand(-1, 3).contiguous()
+    far = coords + torch.where(torch.arange(64, device=device) == 40, 1000, 0)[:, None].int()
+    rest = torch.ones_like(idx), far, coords, None, "square", 99, 99
+    _, _, (dq, dk, dv, _) = run(serve, q, k, v, idx, cnt, *rest, block_m=32, block_n=32)
+    assert (dq[:, :, 40] == 0).all()  # its block lists keys, all of which the rule refuses
+    dq = torch.cat((dq[:, :, :40], dq[:, :, 41:]), 2)
     assert (dq[:, :, :32] == 0).all() and (dk[:, :, 32:] == 0).all() and (dv[:, :, 32:] == 0).all()
     assert (dq[:, :, 32:].abs().sum(-1) > 0).all() and (dv[:, :, :32].abs().sum(-1) > 0).all()
 

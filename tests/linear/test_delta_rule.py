@@ -31,9 +31,10 @@ def brute(q, k, v, beta, g=None, state=None, scale=None):
 
 
 def make(shape, device, dtype=torch.float32, alike=1.0):
-    """Keys of length 1 that resemble each other the more, the larger `alike`; everything token-major."""
+    """Keys of length 1 that resemble each other the more, the larger `alike`; q and v token-major."""
     batch, heads, n, d, e = shape
-    q, k = (torch.randn(batch, n, heads, d, device=device) for _ in range(2))
+    q = torch.randn(batch, n, heads, d, device=device)
+    k = torch.randn(batch, heads, n, d, device=device).transpose(1, 2)
     k = torch.nn.functional.normalize(k + alike, dim=-1)
     v = torch.randn(batch, n, heads, e, device=device)
     beta, g = 1.5 * torch.rand(batch, heads, n, device=device), -0.5 * torch.rand(batch, heads, n, device=device)

@@ -24,9 +24,10 @@ def brute(u, delta, a, b, c, skip=None, state=None, reverse=False):
 def make(shape, device, dtype=torch.float32):
     batch, n, channels, groups, states = shape
     u = torch.randn(batch, n, channels, device=device).to(dtype)
-    delta = torch.rand(batch, n, channels, device=device)
+    delta = torch.rand(batch, n, channels + 3, device=device)[..., 3:]  # a slice of one projection
     a = -2 * torch.rand(channels, states, device=device)
-    b, c = (torch.randn(batch, groups, n, states, device=device).to(dtype) for _ in range(2))
+    b = torch.randn(batch, groups, n, states, device=device).to(dtype)
+    c = torch.randn(batch, n, groups, states, device=device).to(dtype).transpose(1, 2)
     return u, delta, a, b, c, torch.randn(channels, device=device), torch.randn(batch, channels, states, device=device)
 
 

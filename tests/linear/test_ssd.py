@@ -48,10 +48,11 @@ def brute(x, b, c, a, state=None, direction="forward", a_reverse=None, diagonal=
 
 
 def make(shape, device, direction="forward", dtype=torch.float32, strength=2.0):
-    """x [B, H, N, E] token-major, as a model's projection gives it; decays between 1 and e^-strength."""
+    """x [B, H, N, E] and c token-major, as a model's projections give them, b not; decays between 1 and e^-strength."""
     batch, heads, groups, n, s, e = shape
     x = torch.randn(batch, n, heads, e, device=device).to(dtype).transpose(1, 2)
-    b, c = (torch.randn(batch, groups, n, s, device=device).to(dtype) for _ in range(2))
+    b = torch.randn(batch, groups, n, s, device=device).to(dtype)
+    c = torch.randn(batch, n, groups, s, device=device).to(dtype).transpose(1, 2)
     a = -strength * torch.rand(batch, heads, n, device=device)
     state = torch.randn(*((2,) if direction == "both" else ()), batch, heads, s, e, device=device)
     return x, b, c, a, state

@@ -19,8 +19,9 @@ def modulation(form, device, dtype=torch.float32):
 
 
 def rows(device, dtype=torch.float32, c=C):
-    wide = torch.randn(B, N, 2, c, device=device).to(dtype) + 0.5
-    return wide[:, :, 0], wide[:, :, 1]
+    """x, a slice of something wider, and h, which is not."""
+    wide, h = (torch.randn(s, device=device).to(dtype) + 0.5 for s in ((B, N, 2, c), (B, N, c)))
+    return wide[:, :, 0], h
 
 
 def wide(t):
