@@ -47,6 +47,15 @@ def test_gather(form, dtype, serve, device, error):
         assert torch.equal(got.double(), want)
 
 
+def test_an_index_outside_gives_zeros_in_the_kernel(device, monkeypatch):
+    """On a GPU the values of the index are not read before the kernel runs."""
+    monkeypatch.setattr(g, "check_index", lambda x, idx: None)
+    x, _, freqs = make(device)
+    for of in (None, freqs):
+        got = g.launch(x, torch.tensor([3, 11, -1, 0], device=device), of)
+        assert (got[:, 1:3] == 0).all() and (got[:, [0, 3]] != 0).any(-1).all()
+
+
 @pytest.mark.parametrize("serve", [s.launch, s.reference], ids=NAMES)
 @pytest.mark.parametrize("dtype", ERROR, ids=str)
 @pytest.mark.parametrize("form", ["plain", "turned", "batched", "back", "shared"])
