@@ -26,7 +26,8 @@ def wanted(q, k, v, mask, grad, grad_lse, bias=None, scale=None):
 def run(serve, q, k, v, idx, cnt, *args, grad_lse=True, **named):
     """Random gradients of out and lse, and what `serve` makes of them."""
     out, lse = forward.reference(q, k, v, idx, cnt, *args, **named)
-    grad, level_grad = torch.randn_like(out), torch.randn_like(lse) if grad_lse else None
+    grad = torch.randn(out.shape, dtype=out.dtype, device=out.device)  # other strides than out's
+    level_grad = torch.randn_like(lse) if grad_lse else None
     return grad, level_grad, serve(grad, level_grad, q, k, v, out, lse, idx, cnt, *args, **named)
 
 
