@@ -69,13 +69,13 @@ def guard() -> None:
         return args, named
 
     def create_masked_load(self, ptrs, mask, other, *options):
-        memory.load(ptrs.data[mask.data], ptrs.get_element_ty().primitive_bitwidth // 8)
+        memory.load(ptrs.data[mask.data.astype(bool)], ptrs.get_element_ty().primitive_bitwidth // 8)
         return load(self, ptrs, mask, other, *options)
 
     def create_masked_store(self, ptrs, value, mask, *options):
         (x, y, z), (wide, high, _) = self.grid_idx, self.grid_dim
         size = ptrs.get_element_ty().primitive_bitwidth // 8
-        memory.store(ptrs.data[mask.data], size, 1 + x + wide * (y + high * z))
+        memory.store(ptrs.data[mask.data.astype(bool)], size, 1 + x + wide * (y + high * z))
         return store(self, ptrs, value, mask, *options)
 
     interpreter.GridExecutor._init_args_hst = _init_args_hst
