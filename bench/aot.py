@@ -84,14 +84,35 @@ def modules() -> list[Any]:
 
 
 def jobs(targets: list[str], everything: bool, only: str) -> list[tuple[str, int, str]]:
-    """(module, number of the spec, target) of every compilation asked for."""
-    found = []
+    """(module, number of the spec, target) of every compilation asked for; specs that come to the same machine code,
+    as two modules that launch one kernel alike have them, give one."""
+    found = {}
     for module in modules():
         for i, spec in enumerate(module.aot_specs()):
             words = f"{module.__name__} {spec['kernel']} {spec.get('tag', '')}"
             if (everything or not spec.get("extra")) and re.search(only, words):
-                found += [(module.__name__, i, t) for t in targets if t in spec.get("targets", TARGETS)]
-    return found
+                for target in targets:
+                    if target in spec.get("targets", TARGETS):
+                        found.setdefault(_identity(module, spec, target), (module.__name__, i, target))
+    return list(found.values())
+
+
+def _identity(module: Any, spec: Row, target: str) -> str:
+    """The same for compilations that differ in their tags alone."""
+    const, options = _launch(spec, target)
+    unordered = (const, options, spec["args"], dict.fromkeys(spec.get("unaligned", ())))
+    rest = [sorted(given.items()) for given in unordered]
+    return f"{id(getattr(module, spec['kernel']))} {target} {spec.get('expect', {}).get(target)} {rest}"
+
+
+def _launch(spec: Row, target: str) -> tuple[Row, Row]:
+    """Constants and options of the launch on that GPU."""
+    own = spec.get("per_target", {}).get(target, {})
+    options = {
+        "num_warps": own.get("warps", spec.get("warps", 4)),
+        "num_stages": own.get("stages", spec.get("stages", 3)),
+    }
+    return {**spec.get("const", {}), **own.get("const", {})}, options
 
 
 def compile_one(job: tuple[str, int, str]) -> Row:
@@ -99,12 +120,7 @@ def compile_one(job: tuple[str, int, str]) -> Row:
     load_pack()
     module = importlib.import_module(job[0])
     spec, target = module.aot_specs()[job[1]], job[2]
-    own = spec.get("per_target", {}).get(target, {})
-    const = {**spec.get("const", {}), **own.get("const", {})}
-    options = {
-        "num_warps": own.get("warps", spec.get("warps", 4)),
-        "num_stages": own.get("stages", spec.get("stages", 3)),
-    }
+    const, options = _launch(spec, target)
     row: Row = {"kernel": spec["kernel"], "tag": spec.get("tag", ""), "target": target, **options}
     start = time.perf_counter()
     try:

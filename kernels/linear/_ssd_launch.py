@@ -28,9 +28,16 @@ def sizes(d: int, e: int, bits: int) -> dict[str, Any]:
     return {"DS": d, "E": e, "L": chunk_of(bits), "BS": width(d, bits), "BE": width(e, bits)}
 
 
-def warps(direction: int, bits: int) -> int:
-    """Of ssd_out: two directions hold one more tile in registers."""
-    return 8 if direction == BOTH and bits == 16 else 4
+def out_sizes(d: int, e: int, bits: int, direction: int, half: bool) -> dict[str, Any]:
+    """sizes() for ssd_out. half: fp16, whose products with a state are scaled before they are summed; where the states
+    of both directions take several steps, registers hold that for half as many rows a step."""
+    made = sizes(d, e, bits)
+    return made | {"BS": 32} if half and direction == BOTH and d > made["BS"] else made
+
+
+def warps(direction: int, bits: int, d: int) -> int:
+    """Of ssd_out: two directions hold one more tile in registers, which fp32 feels where a state is one step of it."""
+    return 8 if direction == BOTH and (bits == 16 or d <= width(d, bits)) else 4
 
 
 def ready(x: torch.Tensor) -> torch.Tensor:
@@ -75,11 +82,13 @@ def outputs(c, b, x, high, low, enter, states, scale: float, direction: str, dia
     (batch, heads, n, e), (groups, d) = x.shape, (b.shape[1], b.shape[3])
     out = rows_like(like, e)
     bits = 8 * x.element_size()
-    tile, number = sizes(d, e, bits), NUMBER[direction]
+    number = NUMBER[direction]
+    tile = out_sizes(d, e, bits, number, x.dtype == torch.float16)
     ssd_out[(states.shape[3] * triton.cdiv(e, tile["BE"]), heads, batch)](
         c, b, x, high, low, enter, states, out, scale, n, states.shape[3], enter[0].numel(), heads,
         *c.stride()[:3], *b.stride()[:3], *x.stride()[:3], *out.stride()[:3],
-        GROUP=heads // groups, DIRECTION=number, DIAGONAL=diagonal, num_warps=warps(number, bits), num_stages=2, **tile,
+        GROUP=heads // groups, DIRECTION=number, DIAGONAL=diagonal, num_warps=warps(number, bits, d), num_stages=2,
+        **tile,
     )  # fmt: skip
     return out
 
@@ -122,9 +131,9 @@ def aot_specs() -> list[dict]:
             ways = {"WAYS": 2 if direction == BOTH else 1}
             made.append(spec("ssd_state", args, const | ways, tag, **more))
             of = {"DIRECTION": direction, "DIAGONAL": 2 if direction == BOTH else 1}
-            made.append(
-                spec("ssd_out", out_args(dtype), const | of, tag, warps=warps(direction, bits), stages=2, **more)
-            )
+            of |= {**out_sizes(d, e, bits, direction, dtype == "fp16"), "GROUP": 1}
+            more |= {"warps": warps(direction, bits, d), "stages": 2}
+            made.append(spec("ssd_out", out_args(dtype), of, tag, **more))
     args = kinds("", "STATES TOTAL START LAST", "", "C HEADS W", "")
     for direction in (FORWARD, REVERSE, BOTH):
         const = {"STARTED": 1, "DIRECTION": direction, "BLOCK": CARRY_BLOCK}
