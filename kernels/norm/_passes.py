@@ -3,7 +3,7 @@
 import torch
 
 from .._triton import triton
-from ._rows import norm_backward, norm_forward, warps
+from ._rows import WIDEST_BACKWARD, norm_backward, norm_forward, warps
 
 WIDEST = 8192  # channels that one program holds
 ROWS = 16  # rows whose shares of a vector's gradient one program adds
@@ -62,8 +62,8 @@ def backward(g, x, scale, shift, kind, eps):
     return d * share, of_scale, of_shift
 
 
-def serves(x: torch.Tensor) -> bool:
-    return x.dtype != torch.float64 and x.shape[-1] <= WIDEST
+def serves(x: torch.Tensor, backward: bool = False) -> bool:
+    return x.dtype != torch.float64 and x.shape[-1] <= (WIDEST_BACKWARD if backward else WIDEST)
 
 
 def _ready(x: torch.Tensor) -> torch.Tensor:
@@ -84,7 +84,7 @@ def launch_forward(x, h, gate, scale, shift, kind, eps):
     norm_forward[(n, b)](
         x, hidden, gate, scale, shift, total, y, n, c, eps, *x.stride()[:2], *hidden.stride()[:2], *gate.stride()[:2],
         *scale.stride()[:2], *shift.stride()[:2], RMS=kind == "rms", GATED=h is not None, BC=_padded(c),
-        num_warps=warps(_padded(c)),
+        num_warps=warps(_padded(c), False),
     )  # fmt: skip
     return (x if h is None else total), y
 
@@ -106,8 +106,8 @@ def launch_backward(g, gx, x, h, gate, scale, shift, kind, eps):
     norm_backward[(programs, b)](
         g, gx, x, hidden, opened, scaled, dx, dh, of_gate, of_scale, of_shift, n, c, ROWS, eps, *g.stride()[:2],
         *gx.stride()[:2], *x.stride()[:2], *hidden.stride()[:2], *opened.stride()[:2], *scaled.stride()[:2],
-        RMS=kind == "rms", GATED=gated, EACH=each, EACH_GATE=each_gate, BC=_padded(c), num_warps=warps(_padded(c)),
-        num_stages=1,
+        RMS=kind == "rms", GATED=gated, EACH=each, EACH_GATE=each_gate, BC=_padded(c),
+        num_warps=warps(_padded(c), True), num_stages=1,
     )  # fmt: skip
     dgate = gathered(of_gate, gate) if gated else dh
     return dx, dh, dgate, gathered(of_scale, scale), gathered(of_shift, shift)

@@ -2,6 +2,7 @@
 
 from .._triton import tl, triton
 
+WIDEST_BACKWARD = 4096  # channels; wider rows and the three sums beside them spill registers on every NVIDIA GPU
 SIZES = ["N", "C", "ROWS", "xb", "hb", "gb", "sb", "tb", "yb", "zb", "db", "gn", "sn", "tn"]
 _jit = triton.jit(do_not_specialize=SIZES) if hasattr(triton, "__version__") else triton.jit
 
@@ -91,15 +92,16 @@ def norm_backward(
         tl.store(DGATE + part, of_gate, mask=c < C)
 
 
-def warps(channels: int) -> int:
-    """Warps of a row that is padded to a power of two: 8 elements or fewer a thread and array, up to 16 warps."""
-    return min(16, max(1, channels // 256))
+def warps(channels: int, backward: bool) -> int:
+    """Warps of a row that is padded to a power of two: 8 elements or fewer a thread and array (backward: 4, of more
+    arrays), up to 16 warps."""
+    return min(16, max(1, channels // (128 if backward else 256)))
 
 
 def aot_specs() -> list[dict]:
     """Widths 1152 to 8192, both norms, gated and plain."""
     specs = []
-    for width, dtype, gated, rms in (
+    for widest, dtype, gated, rms in (
         (4096, "bf16", True, False),
         (2048, "bf16", False, True),
         (8192, "fp32", True, True),
@@ -108,6 +110,7 @@ def aot_specs() -> list[dict]:
         rows = dict.fromkeys(("X", "H", "GATE", "SCALE", "SHIFT", "SUM", "Y", "G", "GX", "DX", "DH"), f"*{dtype}")
         rows |= dict.fromkeys(("DGATE", "DSCALE", "DSHIFT"), "*fp32")
         for kernel in (norm_forward, norm_backward):
+            width = min(widest, WIDEST_BACKWARD) if kernel is norm_backward else widest
             const = {"RMS": rms, "GATED": gated, "EACH": False, "EACH_GATE": False, "BC": width}
             const = {name: value for name, value in const.items() if name in kernel.arg_names}
             args = {
@@ -119,9 +122,9 @@ def aot_specs() -> list[dict]:
                 "kernel": kernel.__name__,
                 "args": args,
                 "const": const,
-                "warps": warps(width),
+                "warps": warps(width, kernel is norm_backward),
                 "stages": 1,
                 "tag": tag,
             }
-            specs.append(spec | {"unaligned": tuple(SIZES), "extra": width != 4096})
+            specs.append(spec | {"unaligned": tuple(SIZES), "extra": widest != 4096})
     return specs

@@ -96,7 +96,7 @@ def launch_backward_op(
     kind: str,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    if not serves(h):
+    if not serves(h, backward=True):
         return backward_reference(grad_total, grad, total, h, gate, scale, shift, kind, eps)
     return launch_backward(grad, grad_total, total, h, gate, scale, shift, kind, eps)
 
