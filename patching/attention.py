@@ -3,6 +3,7 @@ applies answers or declines with a reason, then the next one, then the override 
 after us), at last the dense backend."""
 
 import functools
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,7 +13,9 @@ from .. import archs
 from ..methods.attention.call import Answer, AttentionCall, AttentionMethod, Decline
 from . import prewarm
 from .blocks import BlockPosition, eager, positions
+from .memory import grid_of, stream_elements
 from .run import Feature
+from .sizes import heads_of
 from .work import Work, advice
 
 OVERRIDE = "optimized_attention_override"
@@ -92,8 +95,22 @@ class AttentionFeature(Feature):
                 f"{arch.name} to {self.name}. Lower them."
             )
 
+    def held_bytes(self, run, noise_shape: tuple[int, ...], conds: dict[str, Any]) -> int:
+        """What a method that remembers keeps in the blocks that it serves."""
+        held = getattr(self.method, "held_bytes", None)
+        grid = grid_of(run, noise_shape) if held is not None and run.arch is not None else None
+        if held is None or (grid is not None and math.prod(grid) < self.min_tokens):
+            return 0
+        model = run.model.diffusion_model
+        stack = range(self.dense_blocks[0], len(positions(run.arch, model)) - self.dense_blocks[1])
+        blocks = sum(self.blocks is None or number in self.blocks for number in stack)
+        series = run.clock.evaluations_a_step if run.clock.returns else 1
+        elements = stream_elements(run, noise_shape, conds)
+        return blocks * series * held(elements, heads_of(model)[1], run.model.get_dtype_inference())
+
     def facts(self, state: PlanState) -> dict[str, Any]:
-        return state.facts()
+        own = getattr(self.method, "facts", None)
+        return state.facts() if own is None else {**state.facts(), **own(state.method)}
 
     def line(self, facts: dict[str, Any]) -> str:
         if self.inactive:
@@ -101,10 +118,12 @@ class AttentionFeature(Feature):
         if not facts or not facts["calls"]:
             return "no image self-attention reached this node"
         declined = "".join(f"; {n} declined: {why}" for why, n in facts["declined"].items())
+        own = getattr(self.method, "line", None)
+        told = f"; {own(facts)}" if own is not None and facts["served"] else ""
         served = f"served {facts['served']} of {facts['calls']} calls, {facts['pairs_fraction']:.1%} of pairs"
         saved = f", {facts['flops_saved']:.1%} of the blocks' FLOPs saved" if facts["served"] else ""
         hint = advice(facts)
-        return f"{served}{saved}{declined}{f'; {hint}' if hint else ''}"
+        return f"{served}{saved}{told}{declined}{f'; {hint}' if hint else ''}"
 
     def reason_to_decline(self, call: AttentionCall) -> str | None:
         run = call.forward.run

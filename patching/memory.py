@@ -46,17 +46,23 @@ def prepare_sampling(executor, model, noise_shape, conds, *args, **kwargs):
 
 def stream_elements(run, noise_shape: tuple[int, ...], conds: dict[str, Any]) -> int:
     """Elements of one stack output over all rows of all conditions, as well as can be told before the model runs."""
-    model, arch = run.model.diffusion_model, run.arch
     prompts = [cond for part in conds.values() for cond in part]
     rows = noise_shape[0] * len(prompts)
+    grid = grid_of(run, noise_shape)
+    if grid is None:
+        return rows * noise_shape[1] * noise_shape[-1]
+    heads, width = heads_of(run.model.diffusion_model)
+    text = max((cond["cross_attn"].shape[1] for cond in prompts if cond.get("cross_attn") is not None), default=0)
+    tokens = grid[0] * grid[1] * grid[2] + (text if run.arch.place != "none" else 0)
+    tokens += sum(shape[2] for shape in run.latent_shapes[1:])  # sound [B, C, T, ...]: one token a moment
+    return rows * tokens * heads * width
+
+
+def grid_of(run, noise_shape: tuple[int, ...]) -> tuple[int, int, int] | None:
+    """The token grid of a noise tensor before the model runs, None where it is no latent of this family."""
     if len(run.latent_shapes) > 1:  # packed into one row; the first one is the video
         noise_shape = run.latent_shapes[0]
     try:
-        grid = arch.grid(model, torch.empty(noise_shape, device="meta"))
-    except (IndexError, TypeError, AttributeError, ValueError, RuntimeError):  # not a latent of this family
-        return rows * noise_shape[1] * noise_shape[-1]
-    heads, width = heads_of(model)
-    text = max((cond["cross_attn"].shape[1] for cond in prompts if cond.get("cross_attn") is not None), default=0)
-    tokens = grid[0] * grid[1] * grid[2] + (text if arch.place != "none" else 0)
-    tokens += sum(shape[2] for shape in run.latent_shapes[1:])  # sound [B, C, T, ...]: one token a moment
-    return rows * tokens * heads * width
+        return run.arch.grid(run.model.diffusion_model, torch.empty(noise_shape, device="meta"))
+    except (IndexError, TypeError, AttributeError, ValueError, RuntimeError):
+        return None

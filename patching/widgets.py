@@ -6,7 +6,7 @@ from typing import Any
 from comfy_api.latest import io
 
 
-def where_inputs(min_tokens: int = 4096) -> list[Any]:
+def where_inputs(min_tokens: int = 4096, dense_first_steps: int = 0) -> list[Any]:
     """Blocks, steps, smallest sequence, and what to do where the model cannot be served."""
     return [
         io.String.Input("blocks", default="all", advanced=True,
@@ -20,7 +20,7 @@ def where_inputs(min_tokens: int = 4096) -> list[Any]:
             tooltip="Image tokens below which attention stays dense, because the sparse form would not be faster. 0 always acts."),
         io.Combo.Input("unsupported", options=["error", "warn"], advanced=True,
             tooltip="On a model that cannot be served: stop with a sentence, or log it and leave the model as it is."),
-        *(_dense(name, tooltip) for name, tooltip in DENSE.items()),
+        *(_dense(name, tooltip, dense_first_steps * (name == "dense_first_steps")) for name, tooltip in DENSE.items()),
         io.Combo.Input("scope", options=["all", "self", "joint"], optional=True, advanced=True,
             tooltip='Attention calls that it serves: "self", where image tokens are alone (Wan, LTX); "joint", where text stands in the '
                     'same sequence (FLUX, SD3); "all" is both. Cross-attention onto the text is never touched.'),
@@ -35,8 +35,8 @@ DENSE = {
 }  # fmt: skip
 
 
-def _dense(name: str, tooltip: str) -> Any:
-    return io.Int.Input(name, default=0, min=0, max=1000, optional=True, advanced=True, tooltip=tooltip)
+def _dense(name: str, tooltip: str, default: int) -> Any:
+    return io.Int.Input(name, default=default, min=0, max=1000, optional=True, advanced=True, tooltip=tooltip)
 
 
 def where(

@@ -52,7 +52,9 @@ class Answer:
 
 
 class AttentionMethod(Protocol):
-    """An attention method: immutable settings, state only in what `begin` returns."""
+    """An attention method: immutable settings, state only in what `begin` returns. A method that remembers may also have
+    held_bytes(elements, head_dim, dtype), bytes that one block keeps on the device for elements = B N H D of output;
+    facts(state), numbers for the report; line(facts), words for the node."""
 
     def begin(self) -> Any:
         """What the method keeps during one sampling run."""

@@ -21,10 +21,12 @@ def rehearse(method: Any, heads: int, kv_heads: int, head_dim: int, dtype: torch
     sizes = heads, kv_heads, kv_heads
     q, k, v = (torch.randn(1, total, n, head_dim).to(dtype).transpose(1, 2) for n in sizes)
     layout = Layout((1, SIDE, SIDE), slice(text, total), total)
-    clock = SimpleNamespace(step=0, sigma=1.0, percent=0.0)
-    forward = SimpleNamespace(run=SimpleNamespace(clock=clock), keys=(0,))
+    clock = SimpleNamespace(step=0, sigma=1.0, percent=0.0, evaluation=0, evaluations_a_step=1, series=0, restarts=0)
+    forward = SimpleNamespace(run=SimpleNamespace(clock=clock), keys=(0,), calls={})
     block = SimpleNamespace(number=0, count=1)
-    method.attend(method.begin(), AttentionCall(q, k, v, None, head_dim**-0.5, "self", layout, block, forward))
+    state = method.begin()
+    for clock.evaluation in range(getattr(method, "phases", 1)):  # a method that remembers does other work then
+        method.attend(state, AttentionCall(q, k, v, None, head_dim**-0.5, "self", layout, block, forward))
 
 
 def main(job: dict[str, Any]) -> None:
