@@ -7,6 +7,7 @@ from segments_helper import call_of, layout, masked, seen, whole
 from tessera.kernels.attention.reorder import coordinates
 from tessera.methods.attention import diagonal as m
 from tessera.methods.attention.call import Decline
+from tessera.methods.attention.rehearsal import rehearse
 
 GRIDS = [(1, 17, 23), (3, 8, 9), (5, 4, 6), (1, 1, 100), (2, 16, 16)]
 
@@ -97,3 +98,7 @@ def test_a_block_is_not_told_of_another():
 def test_what_cannot_be_is_refused(wrong):
     with pytest.raises(ValueError):
         m.Diagonal(**wrong)
+
+
+def test_its_kernels_can_be_compiled_ahead():
+    rehearse(m.Diagonal(), 2, 1, 16, torch.float32)

@@ -7,6 +7,7 @@ from segments_helper import call_of, layout, masked, seen, whole
 
 from tessera.methods.attention import window_3d as m
 from tessera.methods.attention.call import Decline
+from tessera.methods.attention.rehearsal import rehearse
 
 GRIDS = [(1, 17, 23), (7, 8, 9), (5, 4, 6), (2, 1, 30), (1, 16, 16)]
 WINDOWS = [(4, 4, 4), (1, 8, 8), (8, 3, 5), (2, 64, 1)]
@@ -116,3 +117,7 @@ def test_plain_and_shifted_plans_are_kept_for_the_run():
 def test_what_cannot_be_is_refused(wrong):
     with pytest.raises(ValueError):
         m.Window3D(**wrong)
+
+
+def test_its_kernels_can_be_compiled_ahead():
+    rehearse(m.Window3D(), 2, 1, 16, torch.float32)
