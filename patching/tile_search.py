@@ -89,8 +89,9 @@ def _report(outcome: Outcome, found: Found, frames: int, plan: dict[int, int | N
     }
     sparse = sum(k is not None for k in plan.values())
     line = f"{sparse} of {len(plan)} blocks sparse, {planned:.1%} of {frames} x {frames} tiles, loss at most {max(loss):.3g}"
-    entry = {"name": NAME, "node": None, "facts": facts, "line": line}
-    others = [f for f in outcome.record["features"] if f["name"] != NAME]
+    features = outcome.record["features"]
+    entry = {**next(f for f in features if f["name"] == NAME), "facts": facts, "line": line}
+    others = [f for f in features if f["name"] != NAME]
     notes = []
     if budget is not None and planned > budget + 1e-9:
         notes.append(f"The sparsest candidates compute {planned:.1%} of the tiles; add smaller candidates for less.")

@@ -7,7 +7,7 @@ import comfy.samplers
 import pytest
 import torch
 from comfy_extras.nodes_custom_sampler import Noise_RandomNoise
-from nodes_helper import Job, error, facts, model_of, run_node, taylor
+from nodes_helper import NODE_ID, Job, error, facts, model_of, run_node, taylor
 from tiny_models import conds, empty_latent
 
 from tessera.methods.attention.tile import kept_tiles, parse_plan
@@ -46,6 +46,7 @@ def test_the_run_is_the_plain_one_and_the_plan_is_taken(name):
     plan, made, report = out
     assert torch.equal(made["samples"], Job(spec, steps=3, latent=latent_of(spec))(model))
     assert out.ui == {"tessera_report": [report]} and report["kind"] == "tile_search"
+    assert report["features"][0]["node"] == NODE_ID
     assert json.loads(json.dumps(report, allow_nan=False)) == report
     blocks, found = parse_plan(plan), losses(report)
     assert sorted(blocks) == sorted(found) and len(blocks) > 0
