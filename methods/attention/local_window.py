@@ -31,7 +31,7 @@ from .call import Answer, AttentionCall, Decline
 
 HELD_BYTES = 256 << 20  # masks that a plan keeps between calls on a CPU; larger ones are made anew for each call
 METRICS = ("circle", "square")
-COUNTS = ("one", "all")  # what a pooled key counts as: one key, or all tokens of its patch
+COUNTS = ("auto", "one", "all")  # what a pooled key counts as; auto: one with trained patch weights, else all tokens
 BASE_TOKENS = 4608  # CLEAR's training length: 64 x 64 image tokens and 512 of text
 
 
@@ -241,7 +241,7 @@ class LocalWindow:
     metric: str = "circle"
     temporal_radius: int = 0
     down_factor: int = 0
-    counts_as: str = "one"
+    counts_as: str = "auto"
     proportional: bool = False
     base_tokens: int = BASE_TOKENS
     spatial: ClassVar[bool] = True  # means nothing where tokens have no places
@@ -273,8 +273,9 @@ class LocalWindow:
         if plan.dense and factor == 1:
             raise Decline("the window spans the picture")
         rows = q.shape[0] * q.shape[1]
-        pooling = Pooling(self._patch_weight(state, call), self.counts_as == "all")
-        out = attend(plan, q, call.k, call.v, call.scale * factor, bias, pooling)
+        weight = self._patch_weight(state, call)
+        every = self.counts_as == "all" or (self.counts_as == "auto" and weight is None)
+        out = attend(plan, q, call.k, call.v, call.scale * factor, bias, Pooling(weight, every))
         return Answer(out, rows * plan.computed, rows * plan.dense_pairs)
 
     def _patch_weight(self, state: dict[Any, Any], call: AttentionCall) -> torch.Tensor | None:

@@ -1,6 +1,6 @@
 from comfy_api.latest import io
 
-from ...methods.attention.local_window import BASE_TOKENS, LocalWindow
+from ...methods.attention.local_window import BASE_TOKENS, COUNTS, LocalWindow
 from ...patching.attention import AttentionFeature
 from ...patching.run import attach
 from ...patching.widgets import where, where_inputs
@@ -31,9 +31,9 @@ class LocalWindowAttention(io.ComfyNode):
                     tooltip="Side in tokens of the patches whose mean every image token sees too, wherever they are: what keeps a "
                             "small radius from repeating objects. 4 adds a sixteenth of the image's tokens as keys; lower sees the "
                             "distance more sharply and is slower. 0 or 1 is off."),
-                io.Combo.Input("pooled_counts_as", options=["one", "all"], optional=True, advanced=True,
-                    tooltip="How much a patch of down_factor counts beside single tokens: as one token (CLEAR; needed by its weights), or as all "
-                            "the tokens it stands for, which is closer to the plain picture with stock weights."),
+                io.Combo.Input("pooled_counts_as", options=list(COUNTS), optional=True, advanced=True,
+                    tooltip="How much a patch of down_factor weighs beside single tokens: as one token, which CLEAR's weights are trained for, or as "
+                            "all the tokens it stands for, which keeps stock weights much closer to the plain picture. auto looks at the weights."),
                 io.Boolean.Input("proportional", default=False, optional=True, advanced=True,
                     tooltip="Multiplies the softmax scale by the root of log(keys) / log(base_tokens): CLEAR's correction for pictures larger than "
                             "the model was trained on. Sharper attention above base_tokens, blunter below."),
@@ -47,7 +47,7 @@ class LocalWindowAttention(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, model, radius, metric, temporal_radius, down_factor=0, pooled_counts_as="one", proportional=False,
+    def execute(cls, model, radius, metric, temporal_radius, down_factor=0, pooled_counts_as="auto", proportional=False,
                 base_tokens=BASE_TOKENS, **shared):  # fmt: skip
         feature = AttentionFeature(
             cls.hidden.unique_id,

@@ -100,7 +100,7 @@ def test_bf16():
     model, spec = model_of("flux", "bf16")
     job = Job(spec, steps=2)
     for factor in (0, 2):
-        method = Masked(2, "circle", 0, factor)
+        method = Masked(2, "circle", 0, factor, True)
         masked = attach(model, AttentionFeature(None, "Masked", method=method, min_tokens=0))
         assert error(job(window(model, radius=2, down_factor=factor)), job(masked)) < 3e-2
 
@@ -163,7 +163,7 @@ def test_beside_a_cache_a_lora_another_override_and_another_attention_node():
 @pytest.mark.parametrize("size", [(2, 2), (3, 37), (18, 22), (34, 10)])
 def test_any_size(size):
     model, spec = model_of("flux")
-    method = Masked(3, "circle", 0, 4)
+    method = Masked(3, "circle", 0, 4, True)
     job = Job(spec, steps=1, cfg=1.0, latent=torch.zeros(2, 16, *size))
     want = job(attach(model, AttentionFeature(None, "Masked", method=method, min_tokens=0)))
     assert error(job(window(model, radius=3, down_factor=4)), want) < 1e-4

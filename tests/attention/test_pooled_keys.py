@@ -143,15 +143,20 @@ def call_of(case, features=()):
 
 
 def test_the_method_takes_the_patch_weights_of_its_block(error):
-    """They come with loaded CLEAR weights; a block without any pools by the mean."""
+    """They come with loaded CLEAR weights, for which a patch is one key; a block without any pools by the mean."""
     weights = {3: torch.randn(4, 4)}
-    for held, want in ((weights, weights[3]), ({2: weights[3]}, None)):
+    for held, want, counts, every in (
+        (weights, weights[3], "auto", False),
+        (weights, weights[3], "all", True),
+        ({2: weights[3]}, None, "auto", True),
+        ({2: weights[3]}, None, "one", False),
+    ):
         call = call_of(CASES[0], (object(), SimpleNamespace(patch_weights=held)))
-        method = m.LocalWindow(5, down_factor=4)
+        method = m.LocalWindow(5, down_factor=4, counts_as=counts)
         state = method.begin()
         for _ in range(2):
             got = method.attend(state, call).out
-            assert error(got, by_hand(CASES[0], 4, call.q, call.k, call.v, scale=0.25, weight=want)) < 1e-6
+            assert error(got, by_hand(CASES[0], 4, call.q, call.k, call.v, every, 0.25, weight=want)) < 1e-6
 
 
 def test_proportional_scale(error):
@@ -176,5 +181,5 @@ def test_a_window_over_the_whole_picture_still_has_its_scale_and_its_pooled_keys
     answer = method.attend({}, call)
     want = sdpa(call.q, call.k, call.v, scale=0.25 * math.sqrt(math.log(46, 10)))
     assert error(answer.out, want) < 1e-6 and answer.pairs == answer.dense_pairs
-    got = m.LocalWindow(20, down_factor=2).attend({}, call).out
+    got = m.LocalWindow(20, down_factor=2, counts_as="one").attend({}, call).out
     assert error(got, by_hand(((1, 6, 7), 4, 0, 20, "circle", 0), 2, call.q, call.k, call.v, scale=0.25)) < 1e-6
