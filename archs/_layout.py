@@ -65,6 +65,9 @@ class Arch:
     pad: Callable[[Any], int] = unpadded  # text and image are each padded at their end to a multiple of this
     opaque: tuple[str, ...] = ()  # arguments of forward that, when given, make the token layout unknown
     unordered: bool = False  # image tokens without places: nothing is near anything else
+    rope: str = ""  # attribute with the EmbedND that turns positions (t, h, w, ...) or (h, w) into rotations; "": none
+    rope_options: bool = False  # positions heed core's ScaleROPE node
+    text_after: bool = False  # text has positions on all axes, from half the picture's longer side on
     notes: str = ""
     limits: dict[str, str] = field(default_factory=dict)  # "attention" or "blocks": why it cannot be served, for users
 

@@ -19,8 +19,12 @@ ARCHS = (
         (DOUBLE, SINGLE),
         grid,
         "prefix",
+        rope="pe_embedder",
+        rope_options=True,
         notes="Reference latents follow the image; transformer_options counts them in reference_image_num_tokens.",
     ),
-    Arch("Chroma", "chroma", ("Chroma",), (DOUBLE, SINGLE), grid, "prefix"),
-    Arch("Chroma Radiance", "chroma_radiance", ("ChromaRadiance",), (DOUBLE, SINGLE), grid, "prefix"),
+    Arch("Chroma", "chroma", ("Chroma",), (DOUBLE, SINGLE), grid, "prefix", rope="pe_embedder"),
+    Arch(
+        "Chroma Radiance", "chroma_radiance", ("ChromaRadiance",), (DOUBLE, SINGLE), grid, "prefix", rope="pe_embedder"
+    ),
 )

@@ -19,6 +19,7 @@ ARCHS = (
         ),
         grid,
         "prefix",
+        rope="pe_embedder",
         notes="A reference latent sits between text and video, in front of the image tokens.",
     ),
 )

@@ -16,5 +16,6 @@ ARCHS = (
         (Blocks("blocks", ("x",), calls=("joint",), positions=(0,), joined=True),),
         grid,
         "prefix",
+        rope="pe_embedder",
     ),
 )

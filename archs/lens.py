@@ -15,5 +15,7 @@ ARCHS = (
         (Blocks("transformer_blocks", ("img", "txt"), "double_block", ("joint",)),),
         grid,
         "suffix",
+        rope="pos_embed",
+        text_after=True,
     ),
 )

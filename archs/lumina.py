@@ -27,5 +27,7 @@ ARCHS = (
         grid,
         "prefix",
         pad=pad,
+        rope="rope_embedder",
+        rope_options=True,
     ),
 )

@@ -11,6 +11,15 @@ def grid(model, x):
 
 
 ARCHS = (
-    Arch("Qwen-Image", "qwen_image", ("QwenImageTransformer2DModel",), STACK, grid, "prefix"),
-    Arch("Mage-Flow", "mage_flow", ("MageFlowTransformer2DModel",), STACK, grid, "prefix"),
+    Arch(
+        "Qwen-Image",
+        "qwen_image",
+        ("QwenImageTransformer2DModel",),
+        STACK,
+        grid,
+        "prefix",
+        rope="pe_embedder",
+        text_after=True,
+    ),
+    Arch("Mage-Flow", "mage_flow", ("MageFlowTransformer2DModel",), STACK, grid, "prefix", rope="pe_embedder"),
 )

@@ -1,13 +1,17 @@
-"""Local window attention: the training-free part of CLEAR (arXiv 2412.16112, section 3).
+"""Local window attention: what CLEAR does to attention (arXiv 2412.16112, section 3).
 
 An image query at (t, y, x) sees every token that is not of the image and the image keys within its window:
 dy^2 + dx^2 < r^2 (circle) or |dy| < r and |dx| < r (square), both strict, and |dt| <= temporal radius, which is ours
 (CLEAR is for images). All other queries see everything. Softmax and scale stay as they are, after RoPE.
 
+With a down factor, image queries also see the pooled keys of _pooled_keys.py, wherever those are; other queries do not.
+A proportional scale is scale sqrt(ln N' / ln base), N' = N keys, or 10 N beside pooled keys, as CLEAR's code has it.
+
 The image tokens are reordered so that a block of them is a compact patch; the list of a query block names exactly the
 key blocks that hold a pair within the window, and the element rule is applied only where a block pair is partly inside.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -22,10 +26,13 @@ from ...kernels.attention.gather import Chunk, Lists, Rule, chunks, outputs
 from ...kernels.attention.gather import attend as attend_chunks
 from ...kernels.attention.reorder import compact_order, coordinates, inverse
 from ._block_map import block_map, lists
+from ._pooled_keys import pool, pooled_bias, sizes
 from .call import Answer, AttentionCall, Decline
 
 HELD_BYTES = 256 << 20  # masks that a plan keeps between calls on a CPU; larger ones are made anew for each call
 METRICS = ("circle", "square")
+COUNTS = ("auto", "one", "all")  # what a pooled key counts as; auto: one with trained patch weights, else all tokens
+BASE_TOKENS = 4608  # CLEAR's training length: 64 x 64 image tokens and 512 of text
 
 
 @dataclass(frozen=True)
@@ -67,8 +74,9 @@ class Window:
 
 @dataclass(frozen=True, eq=False)
 class WindowPlan:
-    """Lists for one layout. Tokens in `order`: the image's compact, then all others. dense: the window spans the grid,
-    and no list is made."""
+    """Lists for one layout. Tokens in `order`: the image's compact, then all others, then pooled keys, which count from
+    layout.total. With those only the image's queries are listed; the others are dense. dense: the window spans the
+    grid, and no list is made."""
 
     layout: Layout
     window: Window
@@ -77,18 +85,25 @@ class WindowPlan:
     pairs: int  # element pairs that the window allows
     block_pairs: int = 0  # listed
     dense_block_pairs: int = 0
-    computed: int = 0  # element pairs of the listed block pairs
+    computed: int = 0  # element pairs of the listed block pairs, and of the queries that are dense
+    down_factor: int = 0  # side of a pooled patch; 0: no pooled keys
     order: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     back: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     coords: torch.Tensor = field(default_factory=lambda: torch.empty(0, 3, dtype=torch.int32))  # t = -1: no image token
     idx: torch.Tensor = field(default_factory=lambda: torch.empty(1, 1, 0, 0, dtype=torch.int32))
     cnt: torch.Tensor = field(default_factory=lambda: torch.empty(1, 1, 0, dtype=torch.int32))
     mode: torch.Tensor = field(default_factory=lambda: torch.empty(1, 1, 0, 0, dtype=torch.int8))
+    counts: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # fp32 [P], tokens of each patch
     held: dict[int, list[Chunk]] = field(default_factory=dict, init=False)  # by bytes of a token
 
     @property
     def dense_pairs(self) -> int:
         return self.layout.total**2
+
+    @property
+    def queries(self) -> int:
+        """Listed queries: the first ones of `order`."""
+        return self.layout.total - (self.layout.others if self.down_factor else 0)
 
 
 def default_block(device: torch.device) -> tuple[int, int]:
@@ -103,30 +118,45 @@ def build(
     temporal_radius: int = 0,
     block: tuple[int, int] | None = None,
     device: torch.device | str = "cpu",
+    down_factor: int = 0,
 ) -> WindowPlan:
-    """The plan of one layout: made on the CPU, then moved to `device`. ValueError for a window that is none."""
+    """The plan of one layout: made on the CPU, then moved to `device`. down_factor 0 or 1: no pooled keys. ValueError
+    for a window that is none."""
     device = torch.device(device)
     window = Window(radius, metric, temporal_radius)
     block = block or default_block(device)
+    down_factor = down_factor if down_factor > 1 else 0
+    counts = sizes(layout.grid, down_factor) if down_factor else torch.empty(0)
     total, image = layout.total, layout.image.stop - layout.image.start
-    pairs = total**2 - image**2 + window.pairs(layout.grid)
-    if window.spans(layout.grid):
+    pairs = total**2 - image**2 + window.pairs(layout.grid) + image * len(counts)
+    if window.spans(layout.grid) and not down_factor:
         return WindowPlan(layout, window, block, True, pairs, computed=total**2)
     reach = (1 / (2 * temporal_radius + 1), 1 / (2 * radius), 1 / (2 * radius))
     compact = compact_order(layout.grid, block, reach)
     others = torch.cat([torch.arange(layout.image.start), torch.arange(layout.image.stop, total)])
-    order = torch.cat([compact + layout.image.start, others])
-    coords = torch.full((total, 3), -1, dtype=torch.int32)
+    order = torch.cat([compact + layout.image.start, others, torch.arange(total, total + len(counts))])
+    coords = torch.full((len(order), 3), -1, dtype=torch.int32)
     coords[:image] = coordinates(layout.grid)[compact].int()
-    listed, whole = block_map(coords, window.inside, block)
+    queries, dense = (image, len(others) * total) if down_factor else (total, 0)
+    listed, whole = block_map(coords[:queries], window.inside, block, coords)
     idx, cnt, mode = lists(listed, whole)
     lengths = [torch.full((n,), size) for n, size in zip(listed.shape, block, strict=True)]
-    for length, size in zip(lengths, block, strict=True):
-        length[-1] = total - (len(length) - 1) * size
-    computed = int((listed * lengths[0][:, None] * lengths[1][None, :]).sum())
-    tensors = (x.to(device) for x in (order, inverse(order), coords, idx, cnt, mode))
-    listed_pairs = int(listed.sum())
-    return WindowPlan(layout, window, block, False, pairs, listed_pairs, listed.numel(), computed, *tensors)
+    for length, size, tokens in zip(lengths, block, (queries, len(order)), strict=True):
+        length[-1] = tokens - (len(length) - 1) * size
+    computed = int((listed * lengths[0][:, None] * lengths[1][None, :]).sum()) + dense
+    made = {"order": order, "back": inverse(order), "coords": coords, "idx": idx, "cnt": cnt, "mode": mode}
+    tensors = {name: x.to(device) for name, x in (made | {"counts": counts}).items()}
+    sums = int(listed.sum()), listed.numel(), computed, down_factor
+    return WindowPlan(layout, window, block, False, pairs, *sums, **tensors)
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """How the keys of a plan with a down factor are pooled: `weight` [f, f] of the places in a patch, None: their mean;
+    `every`: a pooled key counts as all its tokens."""
+
+    weight: torch.Tensor | None = None
+    every: bool = False
 
 
 def attend(
@@ -136,6 +166,7 @@ def attend(
     v: torch.Tensor,
     scale: float | None = None,
     key_bias: torch.Tensor | None = None,
+    pooling: Pooling = Pooling(),
 ) -> torch.Tensor:
     """q [B, H, N, D]; k, v [B, Hkv, N, D], any strides, N = plan.layout.total; key_bias fp32 [B, N] or None, added to
     the logits. -> [B, H, N, D]. ValueError when the token count is another."""
@@ -143,27 +174,56 @@ def attend(
     if q.shape[2] != total or k.shape[2] != total:
         raise ValueError(f"This window plan is for {total} tokens, got {q.shape[2]} queries and {k.shape[2]} keys.")
     if plan.dense:
-        bias = None if key_bias is None else key_bias[:, None, None, :].to(q.dtype)
-        return F.scaled_dot_product_attention(q, k, v, bias, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    if gathers(q.device):
-        return _gathered(plan, q, k, v, q.shape[3] ** -0.5 if scale is None else scale, key_bias)
-    q, k, v = (x.index_select(2, plan.order) for x in (q, k, v))
-    weight = None if key_bias is None else key_bias.float().index_select(-1, plan.order)
-    lists = plan.idx, plan.cnt, plan.mode, plan.coords, plan.coords, weight
+        return _dense(q, k, v, key_bias, scale)
+    scale, attended = q.shape[3] ** -0.5 if scale is None else scale, _gathered if gathers(q.device) else _launched
+    if not plan.down_factor:
+        return attended(plan, q, k, v, scale, key_bias)
+    others = plan.order[plan.queries : total]
+    apart = _dense(q.index_select(2, others), k, v, key_bias, scale)
+    k, v, key_bias = _with_pooled(plan, k, v, key_bias, pooling)
+    out = attended(plan, q, k, v, scale, key_bias)
+    return out.index_copy_(2, others, apart)
+
+
+def _dense(q, k, v, key_bias: torch.Tensor | None, scale: float | None) -> torch.Tensor:
+    bias = None if key_bias is None else key_bias[:, None, None, :].to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, bias, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def _with_pooled(plan: WindowPlan, k, v, key_bias: torch.Tensor | None, pooling: Pooling):
+    """k, v [B, Hkv, N + P, D] and key_bias [B, N + P] or None."""
+    image, patches = plan.layout.image, (plan.layout.grid, plan.down_factor, plan.counts)
+    shares = None if key_bias is None else key_bias[:, image].float().exp()
+    extra = pooled_bias(shares, *patches, pooling.every)
+    k, v = (torch.cat([x, pool(x[:, :, image], *patches, pooling.weight, shares)], 2) for x in (k, v))
+    if extra is not None:
+        known = k.new_zeros(len(k), plan.layout.total, dtype=torch.float32) if key_bias is None else key_bias.float()
+        key_bias = torch.cat([known, extra.expand(len(k), -1)], 1)
+    return k, v, key_bias
+
+
+def _launched(plan: WindowPlan, q, k, v, scale: float, key_bias: torch.Tensor | None) -> torch.Tensor:
+    """The kernel's path: permuted copies. Queries that are not listed are left unset."""
+    queries, keys = plan.order[: plan.queries], plan.order
+    permuted = (x.index_select(2, at) for x, at in ((q, queries), (k, keys), (v, keys)))
+    weight = None if key_bias is None else key_bias.float().index_select(-1, keys)
+    lists = plan.idx, plan.cnt, plan.mode, plan.coords[: plan.queries], plan.coords, weight
     numbers = plan.window.metric, plan.window.radius, plan.window.temporal_radius, scale, *plan.block
-    return block_sparse(q, k, v, *lists, *numbers)[0].index_select(2, plan.back)
+    out = block_sparse(*permuted, *lists, *numbers)[0]
+    return torch.empty_like(q).index_copy_(2, queries, out) if plan.down_factor else out.index_select(2, plan.back)
 
 
 def _gathered(plan: WindowPlan, q, k, v, scale: float, key_bias: torch.Tensor | None) -> torch.Tensor:
-    """The CPU path: the order is applied while keys are gathered, and the masks of a small plan are kept."""
-    window, total = plan.window, plan.layout.total
+    """The CPU path: the order is applied while keys are gathered, and the masks of a small plan are kept. Queries that
+    are not listed are left unset."""
+    window, tokens = plan.window, (plan.queries, k.shape[2])
     token_bytes = 2 * k.shape[1] * k.shape[3] * k.element_size()
     out, lse = outputs(q)
     for b in range(q.shape[0]):
         parts: Iterable[Chunk] = plan.held.get(token_bytes, ())
         if token_bytes not in plan.held:
-            rule = Rule(window.metric, plan.coords, plan.coords, window.radius, window.temporal_radius)
-            lists = Lists(plan.idx[0, 0], plan.cnt[0, 0], plan.mode[0, 0], rule, (total, total), plan.block)
+            rule = Rule(window.metric, plan.coords[: plan.queries], plan.coords, window.radius, window.temporal_radius)
+            lists = Lists(plan.idx[0, 0], plan.cnt[0, 0], plan.mode[0, 0], rule, tokens, plan.block)
             parts = chunks(lists, token_bytes, plan.order)
             if 4 * plan.computed <= HELD_BYTES:
                 parts = plan.held[token_bytes] = list(parts)
@@ -174,17 +234,28 @@ def _gathered(plan: WindowPlan, q, k, v, scale: float, key_bias: torch.Tensor | 
 
 @dataclass(frozen=True)
 class LocalWindow:
-    """The method as the dispatcher sees it; settings as in Window. Plans are kept for one run, by layout and device."""
+    """The method as the dispatcher sees it; window settings as in Window. down_factor: side of a pooled patch, 0: none;
+    counts_as: one of COUNTS. Plans are kept for one run, by layout and device."""
 
     radius: int = 16
     metric: str = "circle"
     temporal_radius: int = 0
+    down_factor: int = 0
+    counts_as: str = "auto"
+    proportional: bool = False
+    base_tokens: int = BASE_TOKENS
     spatial: ClassVar[bool] = True  # means nothing where tokens have no places
 
-    def begin(self) -> dict[Any, WindowPlan]:
+    def begin(self) -> dict[Any, Any]:
         return {}
 
-    def attend(self, state: dict[Any, WindowPlan], call: AttentionCall) -> Answer:
+    def scale_factor(self, tokens: int) -> float:
+        """What the softmax scale is multiplied by for that many keys."""
+        if not self.proportional:
+            return 1.0
+        return math.sqrt(math.log(max(2, tokens * (10 if self.down_factor > 1 else 1)), self.base_tokens))
+
+    def attend(self, state: dict[Any, Any], call: AttentionCall) -> Answer:
         q, layout = call.q, call.layout
         if layout is None:
             raise Decline("token layout unknown")
@@ -196,10 +267,24 @@ class LocalWindow:
             raise Decline(str(reason)) from reason
         key = layout.grid, layout.image.start, layout.total, q.device
         if key not in state:
-            state[key] = build(layout, self.radius, self.metric, self.temporal_radius, device=q.device)
-        plan = state[key]
-        if plan.dense:
+            window = self.radius, self.metric, self.temporal_radius
+            state[key] = build(layout, *window, device=q.device, down_factor=self.down_factor)
+        plan, factor = state[key], self.scale_factor(layout.total)
+        if plan.dense and factor == 1:
             raise Decline("the window spans the picture")
         rows = q.shape[0] * q.shape[1]
-        out = attend(plan, q, call.k, call.v, call.scale, bias)
+        weight = self._patch_weight(state, call)
+        every = self.counts_as == "all" or (self.counts_as == "auto" and weight is None)
+        out = attend(plan, q, call.k, call.v, call.scale * factor, bias, Pooling(weight, every))
         return Answer(out, rows * plan.computed, rows * plan.dense_pairs)
+
+    def _patch_weight(self, state: dict[Any, Any], call: AttentionCall) -> torch.Tensor | None:
+        """What loaded CLEAR weights say about this block's patches, fp32 [f, f], if anything."""
+        if self.down_factor < 2:
+            return None
+        block, device = call.block.number, call.q.device
+        if ("patch weight", block, device) not in state:
+            held = [getattr(f, "patch_weights", {}) for f in getattr(call.forward.run, "features", ())]
+            found = next((w[block] for w in reversed(held) if block in w), None)
+            state["patch weight", block, device] = None if found is None else found.to(device, torch.float32)
+        return state["patch weight", block, device]

@@ -1,6 +1,6 @@
 from comfy_api.latest import io
 
-from ...methods.attention.local_window import LocalWindow
+from ...methods.attention.local_window import BASE_TOKENS, COUNTS, LocalWindow
 from ...patching.attention import AttentionFeature
 from ...patching.run import attach
 from ...patching.widgets import where, where_inputs
@@ -27,6 +27,19 @@ class LocalWindowAttention(io.ComfyNode):
                 io.Int.Input("temporal_radius", default=0, min=0, max=512,
                     tooltip="Video: reach in latent frames before and after the token's own. 0 is the same frame only; higher keeps motion and is slower."),
                 *where_inputs(),
+                io.Int.Input("down_factor", default=0, min=0, max=32, optional=True,
+                    tooltip="Side in tokens of the patches whose mean every image token sees too, wherever they are: what keeps a "
+                            "small radius from repeating objects. 4 adds a sixteenth of the image's tokens as keys; lower sees the "
+                            "distance more sharply and is slower. 0 or 1 is off."),
+                io.Combo.Input("pooled_counts_as", options=list(COUNTS), optional=True, advanced=True,
+                    tooltip="How much a patch of down_factor weighs beside single tokens: as one token, which CLEAR's weights are trained for, or as "
+                            "all the tokens it stands for, which keeps stock weights much closer to the plain picture. auto looks at the weights."),
+                io.Boolean.Input("proportional", default=False, optional=True, advanced=True,
+                    tooltip="Multiplies the softmax scale by the root of log(keys) / log(base_tokens): CLEAR's correction for pictures larger than "
+                            "the model was trained on. Sharper attention above base_tokens, blunter below."),
+                io.Int.Input("base_tokens", default=BASE_TOKENS, min=2, max=1 << 20, optional=True, advanced=True,
+                    tooltip="Tokens, text included, that the model was trained with: 4,608 on FLUX (64 x 64 and 512 of text). Only for proportional; higher "
+                            "is a blunter softmax."),
             ],
             outputs=[io.Model.Output(tooltip="The MODEL with local attention. Connect it to the sampler or the next node.")],
             hidden=[io.Hidden.unique_id],
@@ -34,11 +47,14 @@ class LocalWindowAttention(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, model, radius, metric, temporal_radius, **shared):
+    def execute(cls, model, radius, metric, temporal_radius, down_factor=0, pooled_counts_as="auto", proportional=False,
+                base_tokens=BASE_TOKENS, **shared):  # fmt: skip
         feature = AttentionFeature(
             cls.hidden.unique_id,
             "Local Window Attention",
-            method=LocalWindow(radius, metric, temporal_radius),
+            method=LocalWindow(
+                radius, metric, temporal_radius, down_factor, pooled_counts_as, proportional, base_tokens
+            ),
             **where(**shared),
         )
         return io.NodeOutput(attach(model, feature))

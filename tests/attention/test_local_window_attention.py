@@ -1,12 +1,15 @@
 """The node on tiny models: nothing changes where the window spans the picture, and elsewhere exactly the pairs inside
 the window act, whatever stands before or after it."""
 
+import math
+
 import pytest
 import torch
-from nodes_helper import Job, error, facts, model_of, run_node
+from nodes_helper import Job, error, facts, model_of, run_node, taylor
 
 from tessera.nodes.attention.local_window_attention import LocalWindowAttention
 from tessera.patching.attention import AttentionFeature
+from tessera.patching.report import latest_record
 from tessera.patching.run import attach
 from tessera.patching.widgets import parse_blocks
 
@@ -17,8 +20,9 @@ SERVED = ("flux", "wan_meta", "sd3", "ltxv_meta", "qwen_image", "lumina2", "cosm
 class Masked:
     """The same window as an explicit mask on dense attention: slow, and plainly right."""
 
-    def __init__(self, radius, metric, temporal):
+    def __init__(self, radius, metric, temporal, factor=0, every=False, stretch=1.0):
         self.radius, self.metric, self.temporal = radius, metric, temporal
+        self.factor, self.every, self.stretch = factor, every, stretch
 
     def begin(self):
         return None
@@ -39,7 +43,17 @@ class Masked:
         bias = torch.zeros(allowed.shape).masked_fill(~allowed, float("-inf"))[None, None]
         if call.mask is not None:
             bias = bias + call.key_bias()[:, None, None]
-        out = torch.nn.functional.scaled_dot_product_attention(call.q, k, v, bias.to(call.q.dtype), scale=call.scale)
+        if self.factor:
+            image, total = call.layout.image, call.layout.total
+            number = torch.stack([at[:, 0], at[:, 1] // self.factor, at[:, 2] // self.factor], 1)
+            _, patch, counts = number.unique(dim=0, return_inverse=True, return_counts=True)
+            held = torch.nn.functional.one_hot(patch).T / counts[:, None]
+            k, v = (torch.cat([x, (held @ x[:, :, image].float()).to(x.dtype)], 2) for x in (k, v))
+            extra = torch.full((total, len(counts)), float("-inf"))
+            extra[image] = counts.log() if self.every else 0.0
+            bias = torch.cat([bias, extra.expand(len(bias), 1, -1, -1)], -1)
+        scale = call.scale * self.stretch
+        out = torch.nn.functional.scaled_dot_product_attention(call.q, k, v, bias.to(call.q.dtype), scale=scale)
         return Answer(out, 0.0, 0.0)
 
 
@@ -69,11 +83,90 @@ def test_equals_the_explicit_mask(name, metric):
     assert error(got, job(model)) > 1e-4, "the window must act"
 
 
+@pytest.mark.parametrize(("factor", "counts"), [(2, "one"), (3, "all")])
+@pytest.mark.parametrize("name", SERVED)
+def test_pooled_keys_equal_the_explicit_mask(name, factor, counts):
+    model, spec = model_of(name)
+    job = Job(spec, steps=2, cfg=1.0)
+    inputs = {"radius": 2, "temporal_radius": 1}
+    patched = window(model, down_factor=factor, pooled_counts_as=counts, **inputs)
+    method = Masked(2, "circle", 1, factor, counts == "all")
+    got, want = job(patched), job(attach(model, AttentionFeature(None, "Masked", method=method, min_tokens=0)))
+    assert error(got, want) < 1e-4
+    assert error(got, job(window(model, **inputs))) > 1e-4, "the pooled keys must act"
+
+
 def test_bf16():
     model, spec = model_of("flux", "bf16")
     job = Job(spec, steps=2)
-    masked = attach(model, AttentionFeature(None, "Masked", method=Masked(2, "circle", 0), min_tokens=0))
-    assert error(job(window(model, radius=2)), job(masked)) < 3e-2
+    for factor in (0, 2):
+        method = Masked(2, "circle", 0, factor, True)
+        masked = attach(model, AttentionFeature(None, "Masked", method=method, min_tokens=0))
+        assert error(job(window(model, radius=2, down_factor=factor)), job(masked)) < 3e-2
+
+
+def test_the_new_inputs_are_off_by_default_bit_for_bit():
+    model, spec = model_of("flux")
+    job = Job(spec, steps=2)
+    want = job(window(model, radius=2))
+    for off in ({"down_factor": 0}, {"down_factor": 1}, {"proportional": True, "base_tokens": 10 + 4 * 6}):
+        assert torch.equal(job(window(model, radius=2, **off)), want)
+
+
+def test_proportional_scale_reaches_every_call():
+    """Also where the window spans the picture: the scale alone acts then."""
+    model, spec = model_of("flux")
+    job = Job(spec, steps=2, cfg=1.0)
+    stretch = math.log(10 + 4 * 6, 8) ** 0.5
+    for radius in (2, 64):
+        method = Masked(radius, "circle", 0, stretch=stretch)
+        want = job(attach(model, AttentionFeature(None, "Masked", method=method, min_tokens=0)))
+        got = window(model, radius=radius, proportional=True, base_tokens=8)
+        assert error(job(got), want) < 1e-4 and facts(got, NAME)["served"] == facts(got, NAME)["calls"]
+
+
+def test_pooled_keys_leave_nothing_behind():
+    """Two runs are bit-equal, with another size and an interrupted run in between."""
+    model, spec = model_of("flux")
+    patched = window(model, radius=2, down_factor=4)
+    job = Job(spec, steps=2)
+    first = job(patched)
+    Job(spec, steps=2, latent=torch.zeros(1, 16, 14, 10))(patched)
+
+    def stop(step):
+        raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        Job(spec, steps=2, on_step=stop)(patched)
+    assert torch.equal(job(patched), first)
+
+
+def test_beside_a_cache_a_lora_another_override_and_another_attention_node():
+    from attention_helper import Foreign
+
+    model, spec = model_of("flux")
+    key = "diffusion_model.double_blocks.0.img_attn.qkv.weight"
+    model.add_patches({key: ("diff", (torch.full((384, 128), 1e-3),))})
+    foreign = Foreign(model)
+    lower = window(foreign.onto(model), radius=2, down_factor=2, blocks="0-1")
+    both = window(lower, radius=3, down_factor=4, blocks="2")
+    job = Job(spec, steps=4, cfg=1.0)
+    with foreign.counting():
+        job(both)
+    assert foreign.image == 4, "block 3 is left to the other pack"
+    served = [f["facts"]["served"] for f in latest_record(both)["features"]]
+    assert served == [8, 4]
+    cached = taylor(both, interval=2, warmup=1)
+    assert torch.isfinite(job(cached)).all() and not torch.equal(job(cached), job(both))
+
+
+@pytest.mark.parametrize("size", [(2, 2), (3, 37), (18, 22), (34, 10)])
+def test_any_size(size):
+    model, spec = model_of("flux")
+    method = Masked(3, "circle", 0, 4, True)
+    job = Job(spec, steps=1, cfg=1.0, latent=torch.zeros(2, 16, *size))
+    want = job(attach(model, AttentionFeature(None, "Masked", method=method, min_tokens=0)))
+    assert error(job(window(model, radius=3, down_factor=4)), want) < 1e-4
 
 
 def test_min_tokens_blocks_and_steps_decide():
