@@ -1,0 +1,92 @@
+import dataclasses
+import re
+from pathlib import Path
+
+import folder_paths
+from comfy_api.latest import io
+
+from ...methods.attention.sparse_linear import SparseLinear
+from ...methods.attention.sparse_linear_weights import write
+from ...patching.sampling import Job
+from ...patching.sparse_linear import calibrate, patch, sparse_inputs
+from ...patching.widgets import where, where_inputs
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+
+
+class CalibrateSparseLinearAttention(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TesseraCalibrateSparseLinearAttention",
+            display_name="Calibrate Sparse-Linear Attention",
+            category="Tessera/surgery",
+            description="Fits the linear branch of Sparse-Linear Attention on your own job, in closed form and without "
+            "training: samples once with dense attention, solves for one small matrix a block, and writes a file that "
+            "Sparse-Linear Attention loads.",
+            search_aliases=["SLA", "calibration", "fine-tune", "proj_l", "ridge regression", "TurboDiffusion"],
+            is_output_node=True,
+            inputs=[
+                io.Model.Input("model", tooltip="The MODEL to calibrate for, without Sparse-Linear Attention."),
+                io.Conditioning.Input("positive", tooltip="Prompt of the job; choose one like those that you will use."),
+                io.Conditioning.Input("negative", tooltip="Negative prompt; unused at cfg 1."),
+                io.Latent.Input("latent", tooltip="Start latent; its size sets the size of the picture. Several in a batch give more captures."),
+                io.Noise.Input("noise", tooltip="Noise, for example from RandomNoise."),
+                io.Sampler.Input("sampler", tooltip="Sampler, for example from KSamplerSelect."),
+                io.Sigmas.Input("sigmas", tooltip="Noise schedule, for example from BasicScheduler."),
+                io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1, round=0.01,
+                    tooltip="Guidance of the job. Above 1 the negative prompt's calls are captured too."),
+                *sparse_inputs(),
+                io.Int.Input("captures", default=64, min=1, max=10000, advanced=True,
+                    tooltip="Steps that are captured, evenly spread over the schedule. Fewer are quicker and fit less well."),
+                io.Float.Input("ridge", default=0.001, min=0.0, max=1.0, step=0.0001, round=0.00001, advanced=True,
+                    tooltip="Pull of the fit towards zero, relative to the branch's size. Higher is more careful with few captures."),
+                io.String.Input("filename", default="sparse_linear",
+                    tooltip="Name of the file in models/model_patches, without folder; a number is added, nothing is overwritten."),
+                *where_inputs(),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="The MODEL with Sparse-Linear Attention and the fitted weights."),
+                io.String.Output(display_name="path", tooltip="The file that was written."),
+                io.Custom("TESSERA_REPORT").Output(display_name="report", tooltip="Errors of the attention output before and after, by block, as JSON."),
+            ],
+            hidden=[io.Hidden.unique_id],
+            not_idempotent=True,  # the node id is in the MODEL: two equal nodes must not share one cached result
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, model, positive, negative, latent, noise, sampler, sigmas, cfg, topk, variant, negligible,
+                feature_map, block_q, block_k, keep_own, order, captures, ridge, filename, **shared):  # fmt: skip
+        folder = Path(folder_paths.get_folder_paths("model_patches")[0])
+        check_name(filename)
+        numbers = int(block_q), int(block_k)
+        method = SparseLinear(topk, variant, negligible, feature_map, *numbers, keep_own, order)
+        job = Job(positive, negative, latent, sampler, sigmas, noise, cfg)
+        node, acts = cls.hidden.unique_id, where(**shared)
+        found = calibrate(model, job, node, method, acts, captures, ridge)
+        path = free(folder, filename)
+        write(path, found.projections)
+        fitted = dataclasses.replace(method, projections=dataclasses.replace(found.projections, name=path.name))
+        report = {**found.record, "calibration": {"file": path.name, "blocks": found.blocks},
+                  "notes": [f"{path.name}: relative error of the attention output, sparse alone -> with the linear branch",
+                            *(f"block {b['block']}: {b['before']:.4f} -> {b['after']:.4f}" for b in found.blocks)]}  # fmt: skip
+        return io.NodeOutput(patch(model, node, fitted, acts), str(path), report, ui={"tessera_report": [report]})
+
+
+def check_name(name):
+    """ValueError for what is no plain file name."""
+    if not NAME.fullmatch(name) or ".." in name:
+        raise ValueError(
+            f"filename {name!r} must be up to 100 letters, digits, dots, - or _, beginning with a letter or a digit, "
+            "without a folder."
+        )
+
+
+def free(folder, name):
+    """The first path of that name that no file has."""
+    name = name.removesuffix(".safetensors")
+    numbers = (folder / f"{name}_{n:05d}.safetensors" for n in range(1, 100000))
+    found = next((path for path in numbers if not path.exists()), None)
+    if found is None:
+        raise ValueError(f"{folder} holds 99,999 files named {name}_…; choose another filename.")
+    return found
