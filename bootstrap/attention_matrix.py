@@ -1,11 +1,12 @@
 """Which attention node serves which model: `python bootstrap/attention_matrix.py` runs every node at its defaults, with
-min_tokens 0, on one tiny model of each family for one step, and writes tests/golden/attention_matrix.json,
+min_tokens 0 and a pattern that fits a small picture, on one tiny model of each family for three steps, and writes tests/golden/attention_matrix.json,
 docs/attention_matrix.md and the table in README.md."""
 
 import argparse
 import inspect
 import json
 import re
+from dataclasses import replace
 from typing import Any
 
 from pack import ROOT, load_pack, use_comfyui
@@ -15,7 +16,7 @@ load_pack()
 
 from comfy_api.latest import io
 from tiny_models import sample, tiny
-from tiny_specs import SPECS
+from tiny_specs import SPECS, Spec
 
 from tessera import archs
 from tessera.nodes import discover
@@ -23,6 +24,8 @@ from tessera.patching.report import latest_record
 
 LOCK, PAGE, README = ROOT / "tests/golden/attention_matrix.json", ROOT / "docs/attention_matrix.md", ROOT / "README.md"
 BEGIN, END = "<!-- attention matrix -->\n", "<!-- end of the attention matrix -->"
+SMALL = {"radius": 4, "wt": 2, "wh": 4, "ww": 4, "block": 64, "ref_frames": 1}
+WIDER, LARGE = 4, 32  # times the tiny picture's sides, so that no pattern spans it; sides that are long enough
 Cell = dict[str, Any]  # {"refused": sentence}, or {"served": calls, "declined": {reason: calls}}
 
 
@@ -49,16 +52,28 @@ def defaults(node: type[io.ComfyNode]) -> dict[str, Any]:
     return given
 
 
+def roomy(spec: Spec) -> Spec:
+    """The spec with a larger picture; what has no height and width stays."""
+    parts = spec.latent if isinstance(spec.latent, list) else [spec.latent]
+    first = parts[0]
+    if len(first) < 4 or min(first[-2:]) >= LARGE:
+        return spec
+    wider = (*first[:-2], WIDER * first[-2], WIDER * first[-1])
+    return replace(spec, latent=[wider, *parts[1:]] if isinstance(spec.latent, list) else wider)
+
+
 def cell(node: type[io.ComfyNode], name: str) -> Cell:
     """What this node does on the tiny model of that name."""
     model, spec = tiny(name)
     prepared = node.PREPARE_CLASS_CLONE({"hidden_inputs": {io.Hidden.unique_id: "1"}})
     try:
-        made = prepared.EXECUTE_NORMALIZED(model=model, **(defaults(node) | {"min_tokens": 0}))
+        given = defaults(node)
+        given |= {name: value for name, value in SMALL.items() if isinstance(given.get(name), int)} | {"min_tokens": 0}
+        made = prepared.EXECUTE_NORMALIZED(model=model, **given)
     except ValueError as sentence:
         return {"refused": str(sentence)}
     patched = made[0]
-    sample(patched, spec, steps=1)
+    sample(patched, roomy(spec), steps=3)
     told = latest_record(patched)["features"][-1]["facts"]
     return {"served": told["served"], "declined": told["declined"]}
 
