@@ -7,7 +7,8 @@ import torch
 from tessera.archs import Layout
 from tessera.methods.attention.call import Answer, AttentionCall
 
-SERVED = ("flux", "wan_meta", "sd3", "ltxv_meta", "qwen_image", "lumina2", "cosmos_predict2", "hunyuan_video")
+SERVED = ("flux", "wan_meta", "sd3", "ltxv_meta", "qwen_image", "lumina2", "cosmos_predict2", "hunyuan_video",
+          "pixart")  # fmt: skip
 
 
 def layout(grid, before=0, after=0):

@@ -2,8 +2,9 @@
 2412.09856) and, with one frame, the local windows of LaMamba-Diff (arXiv 2408.02615).
 
 Image tokens are cut into windows of (wt, wh, ww) that do not overlap; softmax runs inside a window, and over the tokens
-that are not of the image, which see everything. In every other windowed block the cuts lie half a window further.
-Nothing wraps around: the windows at a border are smaller, and so are the last ones where the grid does not divide.
+that are not of the image, which see everything. With a shift the cuts of every other windowed block lie half a
+window further. Nothing wraps around: the windows at a border are smaller, and so are the last ones where the grid does
+not divide.
 """
 
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from ...kernels.attention.reorder import coordinates
 from ._segments import SegmentPlan, serve
 from .call import Answer, AttentionCall, Decline
 
-SHIFTS = ("alternate", "none", "always")
+SHIFTS = ("none", "alternate", "always")
 TEXT = ("dense", "none")
 
 
@@ -27,7 +28,7 @@ class Window3D:
     wt: int = 8
     wh: int = 16
     ww: int = 16
-    shift: str = "alternate"
+    shift: str = "none"
     global_every: int = 2
     text: str = "dense"
     spatial: ClassVar[bool] = True  # means nothing where tokens have no places

@@ -27,8 +27,8 @@ class WindowAttention3d(io.ComfyNode):
                 io.Int.Input("ww", default=16, min=1, max=512,
                     tooltip="Window along the width, in tokens (16 pixels each on FLUX, Wan and SD3). Higher is closer to the plain picture and slower."),
                 io.Combo.Input("shift", options=list(SHIFTS),
-                    tooltip="Cut half a window further in every other windowed block, so that seams do not stay in one place; never; or always. "
-                            "Nothing wraps around: windows at the border are smaller."),
+                    tooltip="none keeps the cuts in place; alternate moves them by half a window in every other windowed block, which windows need where no "
+                            "block is global; always moves them. Nothing wraps around: windows at the border are smaller."),
                 io.Int.Input("global_every", default=2, min=0, max=1000,
                     tooltip="Every n-th block stays dense and lets the windows agree: 2 is every other block. Higher is faster and lets the parts drift; "
                             "1 is the plain model, 0 leaves no block dense."),

@@ -59,8 +59,9 @@ def test_pairs_are_those_of_the_formula():
     assert facts(patched, NAME)["pairs_fraction"] == (2 * 8 + 6 * 3) / 64
 
 
-def test_a_picture_stays_as_it_is():
-    model, spec = model_of("flux")
+@pytest.mark.parametrize("name", ["flux", "pixart"])
+def test_a_picture_stays_as_it_is(name):
+    model, spec = model_of(name)
     job = Job(spec, steps=2)
     patched = tile(model)
     assert torch.equal(job(patched), job(model)) and set(facts(patched, NAME)["declined"]) == {"a single frame"}
@@ -131,8 +132,8 @@ def test_a_foreign_override_underneath_keeps_the_other_blocks():
 
 
 def test_a_model_that_cannot_be_served_says_so():
-    model, spec = model_of("pixart")
-    with pytest.raises(ValueError, match="PixArt"):
+    model, spec = model_of("hunyuan3d2")
+    with pytest.raises(ValueError, match="without places"):
         tile(model)
     job = Job(spec, steps=1)
     assert torch.equal(job(tile(model, unsupported="warn")), job(model))

@@ -73,7 +73,7 @@ def test_which_blocks_are_shifted_and_global(shift, every, blocks):
     ("grid", "before", "after"), [((1, 17, 23), 7, 0), ((7, 8, 9), 0, 5), ((5, 4, 6), 0, 0)], ids=str
 )
 def test_equals_the_explicit_mask(grid, before, after, block, text, error):
-    method, where = m.Window3D(3, 4, 5, global_every=0, text=text), layout(grid, before, after)
+    method, where = m.Window3D(3, 4, 5, "alternate", 0, text), layout(grid, before, after)
     call = call_of(where, block=block, heads=(4, 2))
     answer = method.attend(method.begin(), call)
     mask = seen(whole(where, windows(grid, (3, 4, 5), block == 1), text))
@@ -83,7 +83,7 @@ def test_equals_the_explicit_mask(grid, before, after, block, text, error):
 
 def test_perturbing_one_window_leaves_the_others_bit_for_bit():
     """The test that the released code of DiT-3D fails."""
-    grid, method = (7, 8, 9), m.Window3D(4, 4, 4, global_every=0)
+    grid, method = (7, 8, 9), m.Window3D(4, 4, 4, "alternate", 0)
     for block, batch in ((0, 1), (1, 2)):
         call = call_of(layout(grid), block=block, batch=batch)
         before = method.attend(method.begin(), call).out
@@ -104,7 +104,7 @@ def test_a_window_over_the_whole_grid_declines(shift):
 
 
 def test_plain_and_shifted_plans_are_kept_for_the_run():
-    method = m.Window3D(4, 4, 4, global_every=0)
+    method = m.Window3D(4, 4, 4, "alternate", 0)
     state = method.begin()
     for block in range(4):
         method.attend(state, call_of(layout((7, 8, 9)), block=block))

@@ -12,7 +12,7 @@ from tessera.patching.attention import AttentionFeature
 from tessera.patching.run import attach
 
 NAME = "Window Attention 3D"
-SMALL = {"wt": 2, "wh": 2, "ww": 2, "global_every": 3}
+SMALL = {"wt": 2, "wh": 2, "ww": 2, "shift": "alternate", "global_every": 3}
 
 
 def window(model, **inputs):

@@ -131,8 +131,8 @@ def test_what_has_nothing_to_measure_is_told():
         latent = empty_latent(spec) if latent is None else latent_of(spec, latent)
         with pytest.raises(ValueError, match=r"no attention to measure \(a single frame\).*at least 2 latent frames"):
             search(model, spec, latent=latent)
-    model, spec = model_of("pixart")
-    with pytest.raises(ValueError, match="PixArt"):
+    model, spec = model_of("hunyuan3d2")
+    with pytest.raises(ValueError, match="without places"):
         search(model, spec, latent=empty_latent(spec))
     model, spec = model_of("wan_meta")
     with pytest.raises(ValueError, match="at least 2 sigmas, got 1"):
