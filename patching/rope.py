@@ -12,6 +12,7 @@ from ..kernels.rope.tables import Axis, table
 from .run import Feature, attach, current_forward
 
 PLACES = ("time", "height", "width")
+MISSED = "the positions of this MODEL were made elsewhere: nothing was changed"
 
 
 class StretchedRope(torch.nn.Module):
@@ -133,7 +134,7 @@ class Stretch(RopeFeature):
         if self.inactive or not facts:
             return self.inactive
         if not facts["calls"]:
-            return "the positions of this MODEL were made elsewhere: nothing was changed"
+            return MISSED
         pairs = zip(PLACES, facts["tokens"], facts["window"], strict=True)
         long = [
             f"{name} {n:g} of {trained}" for name, n, trained in pairs if n > trained and (name != "time" or self.time)
@@ -151,6 +152,14 @@ class Theta(RopeFeature):
 
     def axes(self, lengths, places, dims, theta):
         return {column: Axis(dim, float(theta) * self.factor) for column, dim in enumerate(dims)}
+
+    def facts(self, state) -> dict[str, Any]:
+        return {"calls": len(state or ()), "factor": self.factor}
+
+    def line(self, facts: dict[str, Any]) -> str:
+        if self.inactive or not facts:
+            return self.inactive
+        return f"theta x {self.factor:g}" if facts["calls"] else MISSED
 
 
 def embed(model, feature: RopeFeature):

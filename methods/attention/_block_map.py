@@ -12,14 +12,11 @@ BLOCK_PAIRS = 1 << 18  # block pairs whose boxes are compared at once
 ROW_PAIRS = 1 << 18  # pairs of image rows whose distance is compared at once
 
 
-def block_map(
-    coords: torch.Tensor, inside: Inside, block: tuple[int, int], key_coords: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def block_map(coords: torch.Tensor, inside: Inside, block: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
     """coords int32 [N, 3] of tokens in an order of compact_order (a block then cuts image rows, but leaves no holes in
-    them), t = -1 for the tokens that see and are seen by all; key_coords: of the keys, where they are other tokens;
-    inside is monotone: nearer is no worse; block (queries, keys) -> bool [nQ, nK]: the block pair holds an allowed
-    pair; bool [nQ, nK]: all its pairs are allowed."""
-    queries, keys = _boxes(coords, block[0]), _boxes(coords if key_coords is None else key_coords, block[1])
+    them), t = -1 for the tokens that see and are seen by all; inside is monotone: nearer is no worse; block (queries,
+    keys) -> bool [nQ, nK]: the block pair holds an allowed pair; bool [nQ, nK]: all its pairs are allowed."""
+    queries, keys = (_boxes(coords, size) for size in block)
     some = torch.zeros(len(queries.low), len(keys.low), dtype=torch.bool)
     whole, unsure = some.clone(), some.clone()
     step = max(1, BLOCK_PAIRS // len(keys.low))

@@ -5,6 +5,7 @@ dy^2 + dx^2 < r^2 (circle) or |dy| < r and |dx| < r (square), both strict, and |
 (CLEAR is for images). All other queries see everything. Softmax and scale stay as they are, after RoPE.
 
 With a down factor, image queries also see the pooled keys of _pooled_keys.py, wherever those are; other queries do not.
+Both parts are computed apart and joined by their log-sum-exps: out = (e^l out + e^l' out') / (e^l + e^l').
 A proportional scale is scale sqrt(ln N' / ln base), N' = N keys, or 10 N beside pooled keys, as CLEAR's code has it.
 
 The image tokens are reordered so that a block of them is a compact patch; the list of a query block names exactly the
@@ -74,9 +75,8 @@ class Window:
 
 @dataclass(frozen=True, eq=False)
 class WindowPlan:
-    """Lists for one layout. Tokens in `order`: the image's compact, then all others, then pooled keys, which count from
-    layout.total. With those only the image's queries are listed; the others are dense. dense: the window spans the
-    grid, and no list is made."""
+    """Lists for one layout. Tokens in `order`: the image's compact, then all others. dense: the window spans the grid,
+    and no list is made."""
 
     layout: Layout
     window: Window
@@ -85,7 +85,7 @@ class WindowPlan:
     pairs: int  # element pairs that the window allows
     block_pairs: int = 0  # listed
     dense_block_pairs: int = 0
-    computed: int = 0  # element pairs of the listed block pairs, and of the queries that are dense
+    computed: int = 0  # element pairs of the listed block pairs, and of pooled keys
     down_factor: int = 0  # side of a pooled patch; 0: no pooled keys
     order: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     back: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
@@ -101,9 +101,12 @@ class WindowPlan:
         return self.layout.total**2
 
     @property
-    def queries(self) -> int:
-        """Listed queries: the first ones of `order`."""
-        return self.layout.total - (self.layout.others if self.down_factor else 0)
+    def every_pooled(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Lists of all pooled keys for the image's queries, as block_sparse takes them: idx, cnt."""
+        image = self.layout.total - self.layout.others
+        rows, cols = -(-image // self.block[0]), -(-len(self.counts) // self.block[1])
+        idx = torch.arange(cols, dtype=torch.int32, device=self.counts.device).expand(1, 1, rows, cols)
+        return idx.contiguous(), torch.full((1, 1, rows), cols, dtype=torch.int32, device=self.counts.device)
 
 
 def default_block(device: torch.device) -> tuple[int, int]:
@@ -134,16 +137,15 @@ def build(
     reach = (1 / (2 * temporal_radius + 1), 1 / (2 * radius), 1 / (2 * radius))
     compact = compact_order(layout.grid, block, reach)
     others = torch.cat([torch.arange(layout.image.start), torch.arange(layout.image.stop, total)])
-    order = torch.cat([compact + layout.image.start, others, torch.arange(total, total + len(counts))])
-    coords = torch.full((len(order), 3), -1, dtype=torch.int32)
+    order = torch.cat([compact + layout.image.start, others])
+    coords = torch.full((total, 3), -1, dtype=torch.int32)
     coords[:image] = coordinates(layout.grid)[compact].int()
-    queries, dense = (image, len(others) * total) if down_factor else (total, 0)
-    listed, whole = block_map(coords[:queries], window.inside, block, coords)
+    listed, whole = block_map(coords, window.inside, block)
     idx, cnt, mode = lists(listed, whole)
     lengths = [torch.full((n,), size) for n, size in zip(listed.shape, block, strict=True)]
-    for length, size, tokens in zip(lengths, block, (queries, len(order)), strict=True):
-        length[-1] = tokens - (len(length) - 1) * size
-    computed = int((listed * lengths[0][:, None] * lengths[1][None, :]).sum()) + dense
+    for length, size in zip(lengths, block, strict=True):
+        length[-1] = total - (len(length) - 1) * size
+    computed = int((listed * lengths[0][:, None] * lengths[1][None, :]).sum()) + image * len(counts)
     made = {"order": order, "back": inverse(order), "coords": coords, "idx": idx, "cnt": cnt, "mode": mode}
     tensors = {name: x.to(device) for name, x in (made | {"counts": counts}).items()}
     sums = int(listed.sum()), listed.numel(), computed, down_factor
@@ -175,14 +177,14 @@ def attend(
         raise ValueError(f"This window plan is for {total} tokens, got {q.shape[2]} queries and {k.shape[2]} keys.")
     if plan.dense:
         return _dense(q, k, v, key_bias, scale)
-    scale, attended = q.shape[3] ** -0.5 if scale is None else scale, _gathered if gathers(q.device) else _launched
-    if not plan.down_factor:
-        return attended(plan, q, k, v, scale, key_bias)
-    others = plan.order[plan.queries : total]
-    apart = _dense(q.index_select(2, others), k, v, key_bias, scale)
-    k, v, key_bias = _with_pooled(plan, k, v, key_bias, pooling)
-    out = attended(plan, q, k, v, scale, key_bias)
-    return out.index_copy_(2, others, apart)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    out, lse = (_gathered if gathers(q.device) else _launched)(plan, q, k, v, scale, key_bias)
+    if plan.down_factor:
+        image = plan.layout.image
+        far, level = _pooled(plan, q[:, :, image], k[:, :, image], v[:, :, image], scale, key_bias, pooling)
+        share = (level - lse[:, :, image]).nan_to_num(nan=-math.inf).sigmoid()  # nan: neither part sees anything
+        out[:, :, image].lerp_(far, share[..., None].to(out.dtype))
+    return out
 
 
 def _dense(q, k, v, key_bias: torch.Tensor | None, scale: float | None) -> torch.Tensor:
@@ -190,46 +192,44 @@ def _dense(q, k, v, key_bias: torch.Tensor | None, scale: float | None) -> torch
     return F.scaled_dot_product_attention(q, k, v, bias, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
 
 
-def _with_pooled(plan: WindowPlan, k, v, key_bias: torch.Tensor | None, pooling: Pooling):
-    """k, v [B, Hkv, N + P, D] and key_bias [B, N + P] or None."""
-    image, patches = plan.layout.image, (plan.layout.grid, plan.down_factor, plan.counts)
-    shares = None if key_bias is None else key_bias[:, image].float().exp()
-    extra = pooled_bias(shares, *patches, pooling.every)
-    k, v = (torch.cat([x, pool(x[:, :, image], *patches, pooling.weight, shares)], 2) for x in (k, v))
-    if extra is not None:
-        known = k.new_zeros(len(k), plan.layout.total, dtype=torch.float32) if key_bias is None else key_bias.float()
-        key_bias = torch.cat([known, extra.expand(len(k), -1)], 1)
-    return k, v, key_bias
+def _pooled(plan: WindowPlan, q, k, v, scale: float, key_bias: torch.Tensor | None, pooling: Pooling):
+    """The image's queries [B, H, n, D] over its pooled keys -> out like q, log-sum-exp [B, H, n]."""
+    patches = plan.layout.grid, plan.down_factor, plan.counts
+    shares = None if key_bias is None else key_bias[:, plan.layout.image].float().exp()
+    k, v = (pool(x, *patches, pooling.weight, shares) for x in (k, v))
+    even = shares is None and plan.layout.grid[1] % plan.down_factor == plan.layout.grid[2] % plan.down_factor == 0
+    weight = None if even else pooled_bias(shares, *patches, pooling.every)
+    lists = *plan.every_pooled, None, None, None, weight
+    out, lse = block_sparse(q, k, v, *lists, "none", 0, 0, scale, *plan.block)
+    return out, lse + 2 * math.log(plan.down_factor) if even and pooling.every else lse
 
 
-def _launched(plan: WindowPlan, q, k, v, scale: float, key_bias: torch.Tensor | None) -> torch.Tensor:
-    """The kernel's path: permuted copies. Queries that are not listed are left unset."""
-    queries, keys = plan.order[: plan.queries], plan.order
-    permuted = (x.index_select(2, at) for x, at in ((q, queries), (k, keys), (v, keys)))
-    weight = None if key_bias is None else key_bias.float().index_select(-1, keys)
-    lists = plan.idx, plan.cnt, plan.mode, plan.coords[: plan.queries], plan.coords, weight
+def _launched(plan: WindowPlan, q, k, v, scale: float, key_bias: torch.Tensor | None):
+    """The kernel's path: permuted copies."""
+    q, k, v = (x.index_select(2, plan.order) for x in (q, k, v))
+    weight = None if key_bias is None else key_bias.float().index_select(-1, plan.order)
+    lists = plan.idx, plan.cnt, plan.mode, plan.coords, plan.coords, weight
     numbers = plan.window.metric, plan.window.radius, plan.window.temporal_radius, scale, *plan.block
-    out = block_sparse(*permuted, *lists, *numbers)[0]
-    return torch.empty_like(q).index_copy_(2, queries, out) if plan.down_factor else out.index_select(2, plan.back)
+    out, lse = block_sparse(q, k, v, *lists, *numbers)
+    return out.index_select(2, plan.back), lse.index_select(2, plan.back) if plan.down_factor else lse
 
 
-def _gathered(plan: WindowPlan, q, k, v, scale: float, key_bias: torch.Tensor | None) -> torch.Tensor:
-    """The CPU path: the order is applied while keys are gathered, and the masks of a small plan are kept. Queries that
-    are not listed are left unset."""
-    window, tokens = plan.window, (plan.queries, k.shape[2])
+def _gathered(plan: WindowPlan, q, k, v, scale: float, key_bias: torch.Tensor | None):
+    """The CPU path: the order is applied while keys are gathered, and the masks of a small plan are kept."""
+    window, total = plan.window, plan.layout.total
     token_bytes = 2 * k.shape[1] * k.shape[3] * k.element_size()
     out, lse = outputs(q)
     for b in range(q.shape[0]):
         parts: Iterable[Chunk] = plan.held.get(token_bytes, ())
         if token_bytes not in plan.held:
-            rule = Rule(window.metric, plan.coords[: plan.queries], plan.coords, window.radius, window.temporal_radius)
-            lists = Lists(plan.idx[0, 0], plan.cnt[0, 0], plan.mode[0, 0], rule, tokens, plan.block)
+            rule = Rule(window.metric, plan.coords, plan.coords, window.radius, window.temporal_radius)
+            lists = Lists(plan.idx[0, 0], plan.cnt[0, 0], plan.mode[0, 0], rule, (total, total), plan.block)
             parts = chunks(lists, token_bytes, plan.order)
             if 4 * plan.computed <= HELD_BYTES:
                 parts = plan.held[token_bytes] = list(parts)
         weight = None if key_bias is None else key_bias[b].float()
         attend_chunks(parts, q[b], k[b], v[b], scale, 1, out[b], lse[b], weight)
-    return out
+    return out, lse
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@ from comfy_api.latest import io
 
 from ...methods.attention.local_window import BASE_TOKENS, COUNTS, LocalWindow
 from ...patching.attention import AttentionFeature
+from ...patching.rope import Theta, embed
 from ...patching.run import attach
 from ...patching.widgets import where, where_inputs
 
@@ -40,6 +41,9 @@ class LocalWindowAttention(io.ComfyNode):
                 io.Int.Input("base_tokens", default=BASE_TOKENS, min=2, max=1 << 20, optional=True, advanced=True,
                     tooltip="Tokens, text included, that the model was trained with: 4,608 on FLUX (64 x 64 and 512 of text). Only for proportional; higher "
                             "is a blunter softmax."),
+                io.Float.Input("ntk_factor", default=1.0, min=1.0, max=100.0, step=0.1, round=0.001, optional=True, advanced=True,
+                    tooltip="Multiplies the base of the rotary positions, whatever the size: CLEAR takes 10 for pictures of 2,048 pixels and more. Higher "
+                            "spreads positions less. 1 is off. Resonance YaRN RoPE does it by size, and instead of this."),
             ],
             outputs=[io.Model.Output(tooltip="The MODEL with local attention. Connect it to the sampler or the next node.")],
             hidden=[io.Hidden.unique_id],
@@ -48,7 +52,7 @@ class LocalWindowAttention(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, radius, metric, temporal_radius, down_factor=0, pooled_counts_as="auto", proportional=False,
-                base_tokens=BASE_TOKENS, **shared):  # fmt: skip
+                base_tokens=BASE_TOKENS, ntk_factor=1.0, **shared):  # fmt: skip
         feature = AttentionFeature(
             cls.hidden.unique_id,
             "Local Window Attention",
@@ -57,4 +61,7 @@ class LocalWindowAttention(io.ComfyNode):
             ),
             **where(**shared),
         )
+        if ntk_factor != 1:
+            name, unsupported = "Local Window Attention, ntk_factor", shared["unsupported"]
+            model = embed(model, Theta(None, name, unsupported=unsupported, factor=ntk_factor))
         return io.NodeOutput(attach(model, feature))

@@ -8,6 +8,7 @@ import torch
 from nodes_helper import Job, error, facts, model_of, run_node, taylor
 
 from tessera.nodes.attention.local_window_attention import LocalWindowAttention
+from tessera.nodes.attention.resonance_yarn_rope import ResonanceYarnRope
 from tessera.patching.attention import AttentionFeature
 from tessera.patching.report import latest_record
 from tessera.patching.run import attach
@@ -123,6 +124,24 @@ def test_proportional_scale_reaches_every_call():
         want = job(attach(model, AttentionFeature(None, "Masked", method=method, min_tokens=0)))
         got = window(model, radius=radius, proportional=True, base_tokens=8)
         assert error(job(got), want) < 1e-4 and facts(got, NAME)["served"] == facts(got, NAME)["calls"]
+
+
+def test_ntk_factor_is_another_theta():
+    """CLEAR's: all positions turn with theta times the factor, whatever the size; and it does not join another node's."""
+    from comfy.ldm.flux.layers import EmbedND
+
+    model, spec = model_of("flux")
+    job = Job(spec, steps=2, cfg=1.0)
+    hand = model.clone()
+    hand.add_object_patch("diffusion_model.pe_embedder", EmbedND(128, 100000, [16, 56, 56]))
+    want = job(window(hand, radius=2))
+    assert error(job(window(model, radius=2, ntk_factor=10.0)), want) < 1e-4 < error(job(window(model, radius=2)), want)
+    assert torch.equal(job(window(model, radius=2, ntk_factor=1.0)), job(window(model, radius=2)))
+    with pytest.raises(ValueError, match="sets the positions of this MODEL already"):
+        window(run_node(ResonanceYarnRope, model=model)[0], ntk_factor=10.0)
+    with pytest.raises(ValueError, match="does not know how .* embeds positions"):
+        window(model_of("sd3")[0], ntk_factor=10.0)
+    window(model_of("sd3")[0], ntk_factor=10.0, unsupported="warn")
 
 
 def test_pooled_keys_leave_nothing_behind():

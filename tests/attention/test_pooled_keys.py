@@ -86,6 +86,8 @@ def test_a_bias_on_the_text_and_on_image_tokens(error):
     bias = torch.zeros(2, n)
     bias[1, 50:77] = -math.inf
     assert error(m.attend(plan, q, k, v, key_bias=bias), by_hand(case, 4, q, k, v, bias=bias)) < 1e-6
+    blind = m.attend(plan, q, k, v, key_bias=torch.full((2, n), -math.inf))
+    assert torch.equal(blind, torch.zeros_like(blind)), "a query that sees nothing gives 0, as without pooled keys"
     held = patches(grid, 4)
     bias[0, image][held[0] | (torch.arange(len(held[0])) == 9)] = -math.inf  # a whole patch, and a token of another
     bias[:, image][:, 11] = 0.5
@@ -99,23 +101,14 @@ def test_a_bias_on_the_text_and_on_image_tokens(error):
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
-def test_counts_are_what_the_lists_say(block):
-    """Pairs that are computed: the listed ones of the image's queries, and all of the text's."""
-    case = CASES[3]
-    plan, plain = plan_of(case, 4, block), plan_of(case, 0, block)
-    grid, before, after, *_ = case
-    image, pooled = math.prod(grid), 4 * 4
-    assert plan.pairs == plain.pairs + image * pooled == explicit(case).sum() + image * pooled
-    rows, cols = -(-image // block[0]), -(-(plan.layout.total + pooled) // block[1])
-    gather.check_list(plan.idx, plan.cnt, cols)
-    assert plan.idx.shape[2] == rows and plan.dense_block_pairs == rows * cols and plan.block_pairs == plan.cnt.sum()
-    widths = torch.full((cols,), block[1])
-    widths[-1] = plan.layout.total + pooled - (cols - 1) * block[1]
-    heights = torch.full((rows,), block[0])
-    heights[-1] = image - (rows - 1) * block[0]
-    listed = [plan.idx[0, 0, i, : plan.cnt[0, 0, i]].long() for i in range(rows)]
-    want = sum(int(h * widths[at].sum()) for h, at in zip(heights, listed, strict=True))
-    assert plan.computed == want + (before + after) * plan.layout.total >= plan.pairs
+def test_pooled_pairs_are_counted(block):
+    plan, plain = plan_of(CASES[3], 4, block), plan_of(CASES[3], 0, block)
+    image, pooled = 15 * 16, 4 * 4
+    assert plan.pairs == plain.pairs + image * pooled == explicit(CASES[3]).sum() + image * pooled
+    assert plan.computed == plain.computed + image * pooled >= plan.pairs
+    idx, cnt = plan.every_pooled
+    assert idx.shape[2] == -(-image // block[0]) and idx.shape[3] == -(-pooled // block[1]) == cnt.max() == cnt.min()
+    gather.check_list(idx, cnt, idx.shape[3])
 
 
 @pytest.mark.parametrize("case", [((1, 11, 13), 5, 0, 4, "circle", 0), CASES[5]], ids=str)
