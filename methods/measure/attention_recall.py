@@ -48,6 +48,11 @@ class AttentionRecall:
     samples: int = 128
     seed: int = 0
 
+    @property
+    def spatial(self) -> bool:
+        """Whether it means nothing where tokens have no places."""
+        return self.settings.pattern != "tokens"
+
     def begin(self) -> Found:
         return self.found
 

@@ -1,15 +1,16 @@
 """Sparse patterns as curves: how much attention mass each of their settings would keep, for sampled queries.
 
 A pattern has settings in ascending order, each with its density (share of the query-key pairs between image tokens).
-For a query it orders the keys, or groups of keys, so that each setting keeps the first few of them; the mass kept by
-all settings then is one running sum.
+Where the settings are nested, the keys (or groups of keys) of a query are ordered so that each setting keeps the first
+few of them; the mass kept by all settings then is one running sum.
 
     window    keys within a disc of this radius, as Local Window Attention (and within `frames` frames)
     blocks    the key patches whose mean scores highest for the mean query of the query's patch, as the finest level of
               Log-Linear Sparse Attention and other block top-k methods
     tokens    the keys that weigh most: no method can keep more mass with as many keys
-    diagonal  the query's own patch of this many tokens
-    tile      all keys of the query's own frame and of so many reference frames; all frames for queries in these
+    diagonal  the query's own patch of this many tokens: Diagonal Attention, order tile3d
+    tile      all keys of the query's own frame and of so many reference frames, all frames for queries in these:
+              Attention Tile, ref_layout even
 """
 
 import math
@@ -21,7 +22,9 @@ import torch
 from ...archs import Layout
 from ...kernels.attention.pool import pool
 from ...kernels.attention.reorder import compact_order, coordinates, inverse
+from ..attention.diagonal import Diagonal
 from ..attention.local_window import Window
+from ..attention.tile import kept_tiles, references
 
 PATTERNS = {"blocks": "density", "window": "radius", "tokens": "density", "diagonal": "patch", "tile": "frames"}
 SHARES = (0.002, 0.005, *(i / 100 for i in range(1, 101)))  # settings of the patterns that have none of their own
@@ -165,12 +168,18 @@ def _diagonal(settings, grid, drawn, device) -> Curve:
     n, patches = math.prod(grid), [SMALLEST_PATCH]
     while patches[-1] < n:
         patches.append(2 * patches[-1])
-    place = inverse(compact_order(grid, tuple(patches)))
-    levels = torch.zeros(len(drawn), n, dtype=torch.int64)
-    for size in patches:
-        levels += place[drawn, None] // size != place[None] // size
+    number = torch.stack([Diagonal(size, order="tile3d").blocks(grid) for size in patches])  # [V, n]
     densities = [(n // size * size**2 + (n % size) ** 2) / n**2 for size in patches]
-    return _by_rank([float(size) for size in patches], densities, levels, drawn, device)
+    number, own = number.to(device), number[:, drawn].to(device)
+
+    def keep(share, scores, part):  # each size cuts the picture anew: no order of keys serves them all
+        kept = [
+            share.masked_fill(mine[part, None] != every, 0).sum(-1, dtype=torch.float64)
+            for mine, every in zip(own, number, strict=True)
+        ]
+        return torch.stack(kept, -1)
+
+    return Curve([float(size) for size in patches], densities, patches, drawn.to(device), keep, _no_scores)
 
 
 def _tile(settings, grid, drawn, device) -> Curve:
@@ -178,10 +187,10 @@ def _tile(settings, grid, drawn, device) -> Curve:
     own, kept = drawn // area, torch.zeros(len(drawn), frames, frames, dtype=torch.bool)  # [S, V, frames]
     for count in range(1, frames + 1):
         chosen = torch.zeros(frames, dtype=torch.bool)
-        chosen[torch.linspace(0, frames - 1, count).round().long()] = True
+        chosen[references(frames, count)] = True
         kept[:, count - 1] = chosen | chosen[own, None] | (own[:, None] == torch.arange(frames))
     weights = kept.to(device, torch.float64)
-    densities = [(k * frames + (frames - k) * (k + 1)) / frames**2 for k in range(1, frames + 1)]
+    densities = [kept_tiles(frames, k) / frames**2 for k in range(1, frames + 1)]
 
     def keep(share, scores, part):
         mass = share.unflatten(-1, (frames, area)).sum(-1, dtype=torch.float64)

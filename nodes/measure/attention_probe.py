@@ -31,7 +31,7 @@ class AttentionProbe(io.ComfyNode):
                     tooltip="Guidance. 1 evaluates the positive prompt alone."),
                 io.Combo.Input("pattern", options=list(PATTERNS),
                     tooltip="What is kept. blocks: the patches that score highest (Log-Linear Sparse Attention and block top-k). window: a disc (Local "
-                            "Window Attention). tokens: the very best keys, a bound for every method. diagonal: the token's own patch. tile: its own and some reference frames."),
+                            "Window Attention). tokens: the very best keys, a bound for every method. diagonal: the token's own patch (Diagonal Attention). tile: its own and some reference frames (Attention Tile)."),
                 io.Float.Input("density", default=0.25, min=0.001, max=1.0, step=0.01, round=0.001,
                     tooltip="Share of the query-key pairs kept in the map, 0 to 1. A window, a diagonal and tiles take their first size with this density or more."),
                 io.Float.Input("recall", default=0.9, min=0.0, max=1.0, step=0.01, round=0.001,

