@@ -1,4 +1,4 @@
-/** The panels of Run Report and Compare. Whatever a newer server adds is passed over; what an older one lacks is left out. */
+/** The panels of Run Report, Compare and Attention Probe. Whatever a newer server adds is passed over; what an older one lacks is left out. */
 
 import { bytes, digits, el, list, number, object, percent, seconds, text } from "./dom.mjs?v=0.1.0";
 import { featureBlock } from "./feature.mjs?v=0.1.0";
@@ -12,16 +12,23 @@ import { errorCurve } from "./strip.mjs?v=0.1.0";
  */
 export function buildReport(data) {
   const report = object(data);
-  const compare = report.kind === "compare";
-  const headline = compare ? compareHeadline(report) : runHeadline(report);
+  const kind = Object.hasOwn(KINDS, text(report.kind)) ? text(report.kind) : "run";
+  const [headlineOf, bodyOf] = KINDS[kind];
+  const headline = headlineOf(report);
   return el(
     "div",
-    { class: "tessera-report", role: "region", "aria-label": headline, tabindex: 0, "data-kind": compare ? "compare" : "run" },
+    { class: "tessera-report", role: "region", "aria-label": headline, tabindex: 0, "data-kind": kind },
     el("div", { class: "tessera-headline" }, headline),
-    ...(compare ? compareBody(report) : runBody(report)),
+    ...bodyOf(report),
     notes(report),
   );
 }
+
+const KINDS = {
+  run: [runHeadline, runBody],
+  compare: [compareHeadline, compareBody],
+  probe: [probeHeadline, probeBody],
+};
 
 function runHeadline(run) {
   const stopped = ended(run);
@@ -137,6 +144,30 @@ function spread(value) {
 function blocksOf(side) {
   const [done, all] = [number(side.blocks_computed), number(side.blocks_total)];
   return done === null || all === null ? "" : `${digits(done)} of ${digits(all)} blocks computed`;
+}
+
+/** "density 0.25 keeps 0.912 of the attention mass". @returns {string} */
+function probeHeadline(report) {
+  return text(list(report.lines)[0]) || "Attention Probe";
+}
+
+function probeBody(report) {
+  const lines = list(report.lines).slice(1).map(text).filter(Boolean);
+  const rungs = list(report.ladder).map(object).filter((rung) => number(rung.recall) !== null);
+  const steps = [...new Map(rungs.map((rung) => [rung.value, rung])).values()];
+  const name = text(report.setting) || "density";
+  const rows = steps.map((rung) => el("tr", {}, el("th", { scope: "row" }, digits(rung.value)), el("td", {}, percent(rung.recall))));
+  const head = el("tr", {}, el("th", { scope: "col" }, name), el("th", { scope: "col" }, "Attention kept"));
+  const how = [
+    text(report.pattern),
+    counted(report.tokens, "image token"),
+    counted(list(report.steps).length, "measured step"),
+  ];
+  return [
+    ...lines.map((line) => el("div", {}, line)),
+    rows.length ? el("table", { class: "tessera-compare" }, el("thead", {}, head), el("tbody", {}, ...rows)) : null,
+    el("div", { class: "tessera-dim" }, how.filter(Boolean).join(" · ")),
+  ];
 }
 
 function notes(report) {
