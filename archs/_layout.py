@@ -64,6 +64,7 @@ class Arch:
     pad: Callable[[Any], int] = unpadded  # text and image are each padded at their end to a multiple of this
     opaque: tuple[str, ...] = ()  # arguments of forward that, when given, make the token layout unknown
     unordered: bool = False  # image tokens without places: nothing is near anything else
+    rotates: bool = False  # hands its RoPE table to attn1_patch as pe [B, 1, N, D / 2, 2, 2], before attention
     notes: str = ""
     limits: dict[str, str] = field(default_factory=dict)  # "attention" or "blocks": why it cannot be served, for users
 

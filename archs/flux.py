@@ -19,8 +19,9 @@ ARCHS = (
         (DOUBLE, SINGLE),
         grid,
         "prefix",
+        rotates=True,
         notes="Reference latents follow the image; transformer_options counts them in reference_image_num_tokens.",
     ),
-    Arch("Chroma", "chroma", ("Chroma",), (DOUBLE, SINGLE), grid, "prefix"),
-    Arch("Chroma Radiance", "chroma_radiance", ("ChromaRadiance",), (DOUBLE, SINGLE), grid, "prefix"),
+    Arch("Chroma", "chroma", ("Chroma",), (DOUBLE, SINGLE), grid, "prefix", rotates=True),
+    Arch("Chroma Radiance", "chroma_radiance", ("ChromaRadiance",), (DOUBLE, SINGLE), grid, "prefix", rotates=True),
 )

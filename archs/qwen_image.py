@@ -11,6 +11,6 @@ def grid(model, x):
 
 
 ARCHS = (
-    Arch("Qwen-Image", "qwen_image", ("QwenImageTransformer2DModel",), STACK, grid, "prefix"),
+    Arch("Qwen-Image", "qwen_image", ("QwenImageTransformer2DModel",), STACK, grid, "prefix", rotates=True),
     Arch("Mage-Flow", "mage_flow", ("MageFlowTransformer2DModel",), STACK, grid, "prefix"),
 )
