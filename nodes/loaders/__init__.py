@@ -1,0 +1,1 @@
+"""Weights that other projects published, put on a stock MODEL."""
