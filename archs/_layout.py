@@ -68,6 +68,7 @@ class Arch:
     rope: str = ""  # attribute with the EmbedND that turns positions (t, h, w, ...) or (h, w) into rotations; "": none
     rope_options: bool = False  # positions heed core's ScaleROPE node
     text_after: bool = False  # text has positions on all axes, from half the picture's longer side on
+    rotates: bool = False  # hands its RoPE table to attn1_patch as pe [B, 1, N, D / 2, 2, 2], before attention
     notes: str = ""
     limits: dict[str, str] = field(default_factory=dict)  # "attention" or "blocks": why it cannot be served, for users
 

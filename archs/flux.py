@@ -21,10 +21,18 @@ ARCHS = (
         "prefix",
         rope="pe_embedder",
         rope_options=True,
+        rotates=True,
         notes="Reference latents follow the image; transformer_options counts them in reference_image_num_tokens.",
     ),
-    Arch("Chroma", "chroma", ("Chroma",), (DOUBLE, SINGLE), grid, "prefix", rope="pe_embedder"),
+    Arch("Chroma", "chroma", ("Chroma",), (DOUBLE, SINGLE), grid, "prefix", rope="pe_embedder", rotates=True),
     Arch(
-        "Chroma Radiance", "chroma_radiance", ("ChromaRadiance",), (DOUBLE, SINGLE), grid, "prefix", rope="pe_embedder"
+        "Chroma Radiance",
+        "chroma_radiance",
+        ("ChromaRadiance",),
+        (DOUBLE, SINGLE),
+        grid,
+        "prefix",
+        rope="pe_embedder",
+        rotates=True,
     ),
 )

@@ -20,6 +20,7 @@ ARCHS = (
         "prefix",
         rope="pe_embedder",
         text_after=True,
+        rotates=True,
     ),
     Arch("Mage-Flow", "mage_flow", ("MageFlowTransformer2DModel",), STACK, grid, "prefix", rope="pe_embedder"),
 )

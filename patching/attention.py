@@ -84,7 +84,8 @@ class AttentionFeature(Feature):
     def check_model(self, arch, diffusion_model) -> None:
         if arch is None:
             return
-        count = len(positions(arch, diffusion_model))
+        stack = positions(arch, diffusion_model)
+        count = len(stack)
         beyond = sorted(n for n in self.blocks or () if n >= count)
         if beyond:
             raise ValueError(f"blocks: this {arch.name} has blocks 0 to {count - 1}, there is no block {beyond[0]}.")
@@ -95,6 +96,15 @@ class AttentionFeature(Feature):
                 f"{arch.name} to {self.name}. Lower them."
             )
 
+        check = getattr(self.method, "check", None)
+        if check is not None:
+            check(arch, stack, self._chosen(count))
+
+    def _chosen(self, count: int) -> set[int]:
+        """Of so many blocks those that are offered to the method."""
+        stack = range(self.dense_blocks[0], count - self.dense_blocks[1])
+        return {number for number in stack if self.blocks is None or number in self.blocks}
+
     def held_bytes(self, run, noise_shape: tuple[int, ...], conds: dict[str, Any]) -> int:
         """What a method that remembers keeps in the blocks that it serves."""
         held = getattr(self.method, "held_bytes", None)
@@ -102,8 +112,7 @@ class AttentionFeature(Feature):
         if held is None or (grid is not None and math.prod(grid) < self.min_tokens):
             return 0
         model = run.model.diffusion_model
-        stack = range(self.dense_blocks[0], len(positions(run.arch, model)) - self.dense_blocks[1])
-        blocks = sum(self.blocks is None or number in self.blocks for number in stack)
+        blocks = len(self._chosen(len(positions(run.arch, model))))
         series = run.clock.evaluations_a_step if run.clock.returns else 1
         elements = stream_elements(run, noise_shape, conds)
         return blocks * series * held(elements, heads_of(model)[1], run.model.get_dtype_inference())
@@ -153,8 +162,19 @@ def install(forward, options: dict[str, Any]) -> None:
         return
     if arch.override:
         options[OVERRIDE] = eager(_dispatcher(forward, plans, options.get(OVERRIDE)), options)
+        if arch.rotates and any(getattr(plan.method, "wants_rotation", False) for plan in plans):
+            patches = options.get("patches", {})
+            options["patches"] = {**patches, "attn1_patch": [*patches.get("attn1_patch", ()), _rotation(forward)]}
     elif arch.reached:
         forward.dispatch = eager(_dispatcher(forward, plans, None), options)
+
+
+def _rotation(forward):
+    def record(*args, pe=None, **kwargs):
+        forward.rotation = pe
+        return {}
+
+    return record
 
 
 def _dispatcher(forward, plans: list[AttentionFeature], earlier: Callable | None):

@@ -38,6 +38,7 @@ class Forward:
     obscured: bool = False  # a condition of this call makes the token layout unknown
     block: Any = None  # the BlockPosition being computed, where hooks tell
     dispatch: Any = None  # the attention dispatcher, for modules that no override reaches
+    rotation: Any = None  # the RoPE table that the model told last, where a plan asked for it
     calls: dict[Any, int] = field(default_factory=dict)  # attention calls met, by block
 
     def see(self, diffusion_model: Any, x: Any) -> None:

@@ -52,9 +52,10 @@ class Answer:
 
 
 class AttentionMethod(Protocol):
-    """An attention method: immutable settings, state only in what `begin` returns. A method that remembers may also have
-    held_bytes(elements, head_dim, dtype), bytes that one block keeps on the device for elements = B N H D of output;
-    facts(state), numbers for the report; line(facts), words for the node."""
+    """An attention method: immutable settings, state only in what `begin` returns. It may also have check(arch, stack,
+    chosen), which raises ValueError for a MODEL of these blocks that it must not serve; held_bytes(elements, head_dim,
+    dtype), bytes that one block keeps on the device for elements = B N H D of output; facts(state), numbers for the
+    report; line(facts), words for the node; wants_rotation, to find the model's RoPE table in call.forward.rotation."""
 
     def begin(self) -> Any:
         """What the method keeps during one sampling run."""
