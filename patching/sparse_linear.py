@@ -13,11 +13,12 @@ from .. import archs
 from ..methods.attention.sparse_linear import ORDERS, VARIANTS, SparseLinear
 from ..methods.attention.sparse_linear_fit import Recorder
 from ..methods.attention.sparse_linear_weights import Projections, fits
+from ..methods.measure.quality import relative_error
 from . import prewarm
 from .attention import AttentionFeature
 from .blocks import positions
 from .run import attach
-from .sampling import Job, Progress, sample
+from .sampling import Job, Progress, sample, thin
 
 log = logging.getLogger("tessera")
 NAME = "Sparse-Linear Attention"
@@ -99,6 +100,7 @@ class Calibration:
     projections: Projections
     blocks: list[dict[str, Any]]  # block, calls, rows, before and after: relative errors of the attention output
     record: dict[str, Any]  # of the run
+    errors: tuple[float, float] | None  # of the final latent, sparse alone and with the branch; None: not tried
 
 
 def captured_steps(steps: int, captures: int) -> frozenset[int]:
@@ -108,16 +110,24 @@ def captured_steps(steps: int, captures: int) -> frozenset[int]:
 
 
 def calibrate(
-    model, job: Job, node: str | None, method: SparseLinear, where: dict[str, Any], captures: int, ridge: float
+    model,
+    job: Job,
+    node: str | None,
+    method: SparseLinear,
+    where: dict[str, Any],
+    captures: int,
+    ridge: float,
+    verify: bool = True,
 ) -> Calibration:
-    """Samples the job once with dense attention, and fits a projection for every block that met it. ValueError where
-    nothing was captured."""
+    """Samples the job once with dense attention, and fits a projection for every block that met it. verify: samples it
+    twice more, to tell what the projections do to the final latent. ValueError where nothing was captured."""
     steps = len(job.sigmas) - 1
     if steps < 1:
         raise ValueError(f"Calibration needs a schedule of at least 2 sigmas, got {len(job.sigmas)}; raise the steps.")
     recorder = Recorder(replace(method, projections=None), captured_steps(steps, captures))
     feature = AttentionFeature(node, "Calibrate Sparse-Linear Attention", method=recorder, **where)
-    outcome = sample(attach(model, feature), job, Progress(steps).step)
+    progress = Progress(steps * (3 if verify else 1))
+    outcome = sample(attach(model, feature), job, progress.step)
     if not recorder.kept:
         facts = next(f["facts"] for f in outcome.record["features"] if f["name"] == feature.name)
         why = ", ".join(facts.get("declined", {})) or feature.inactive or "no image self-attention reached it"
@@ -133,4 +143,13 @@ def calibrate(
     assert arch is not None
     bound = model_of(arch, diffusion_model)
     pairs = {n: (weight.to(torch.float32), bias.to(torch.float32)) for n, (weight, bias) in blocks.items()}
-    return Calibration(Projections("", pairs, settings_of(method), bound), told, outcome.record)
+    made = Projections("", pairs, settings_of(method), bound)
+    errors = None
+    if verify:
+        want = thin(outcome.samples)
+        alone, fitted = (
+            relative_error(want, thin(sample(patch(model, None, tried, where), job, progress.step).samples))
+            for tried in (replace(method, projections=None), replace(method, projections=made))
+        )
+        errors = alone, fitted
+    return Calibration(made, told, outcome.record, errors)

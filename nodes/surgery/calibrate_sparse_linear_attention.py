@@ -1,5 +1,6 @@
 import dataclasses
 import re
+from math import isfinite
 from pathlib import Path
 
 import folder_paths
@@ -39,10 +40,12 @@ class CalibrateSparseLinearAttention(io.ComfyNode):
                 *sparse_inputs(),
                 io.Int.Input("captures", default=64, min=1, max=10000, advanced=True,
                     tooltip="Steps that are captured, evenly spread over the schedule. Fewer are quicker and fit less well."),
-                io.Float.Input("ridge", default=0.001, min=0.0, max=1.0, step=0.0001, round=0.00001, advanced=True,
+                io.Float.Input("ridge", default=0.1, min=0.0, max=100.0, step=0.01, round=0.00001, advanced=True,
                     tooltip="Pull of the fit towards zero, relative to the branch's size. Higher is more careful with few captures."),
                 io.String.Input("filename", default="sparse_linear",
                     tooltip="Name of the file in models/model_patches, without folder; a number is added, nothing is overwritten."),
+                io.Boolean.Input("verify", default=True, advanced=True,
+                    tooltip="Samples the job twice more, sparse alone and with the fitted branch, and tells both errors of the final latent."),
                 *where_inputs(),
             ],
             outputs=[
@@ -56,20 +59,18 @@ class CalibrateSparseLinearAttention(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, positive, negative, latent, noise, sampler, sigmas, cfg, topk, variant, negligible,
-                feature_map, block_q, block_k, keep_own, order, captures, ridge, filename, **shared):  # fmt: skip
+                feature_map, block_q, block_k, keep_own, order, captures, ridge, filename, verify, **shared):  # fmt: skip
         folder = Path(folder_paths.get_folder_paths("model_patches")[0])
         check_name(filename)
         numbers = int(block_q), int(block_k)
         method = SparseLinear(topk, variant, negligible, feature_map, *numbers, keep_own, order)
         job = Job(positive, negative, latent, sampler, sigmas, noise, cfg)
         node, acts = cls.hidden.unique_id, where(**shared)
-        found = calibrate(model, job, node, method, acts, captures, ridge)
+        found = calibrate(model, job, node, method, acts, captures, ridge, verify)
         path = free(folder, filename)
         write(path, found.projections)
         fitted = dataclasses.replace(method, projections=dataclasses.replace(found.projections, name=path.name))
-        report = {**found.record, "calibration": {"file": path.name, "blocks": found.blocks},
-                  "notes": [f"{path.name}: relative error of the attention output, sparse alone -> with the linear branch",
-                            *(f"block {b['block']}: {b['before']:.4f} -> {b['after']:.4f}" for b in found.blocks)]}  # fmt: skip
+        report = {**found.record, "calibration": told(path.name, found), "notes": notes(path.name, found)}
         return io.NodeOutput(patch(model, node, fitted, acts), str(path), report, ui={"tessera_report": [report]})
 
 
@@ -90,3 +91,21 @@ def free(folder, name):
     if found is None:
         raise ValueError(f"{folder} holds 99,999 files named {name}_…; choose another filename.")
     return found
+
+
+def told(name, found):
+    alone, fitted = (None if e is None or not isfinite(e) else round(e, 6) for e in found.errors or (None, None))
+    return {"file": name, "blocks": found.blocks, "latent_error_sparse": alone, "latent_error": fitted}
+
+
+def notes(name, found):
+    """Lines for the report's panel."""
+    lines = [f"{name}: relative error of the attention output, sparse alone -> with the linear branch"]
+    lines += [f"block {b['block']}: {b['before']:.4f} -> {b['after']:.4f}" for b in found.blocks]
+    if found.errors:
+        lines.insert(0, f"error of the final latent: {found.errors[0]:.4f} -> {found.errors[1]:.4f}")
+        if not found.errors[1] < found.errors[0]:
+            lines.insert(
+                1, "The branch does not bring this job closer: raise ridge, choose another variant or leave it off."
+            )
+    return lines

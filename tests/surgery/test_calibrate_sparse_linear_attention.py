@@ -91,7 +91,7 @@ def test_captured_steps_are_spread_evenly():
 def calibrate(model, spec, latent, steps=4, **inputs):
     from tiny_models import conds
 
-    positive, negative = conds(spec)
+    positive, negative = conds(spec) if spec else (None, None)
     sampling = model.get_model_object("model_sampling")
     inputs = {
         "positive": positive, "negative": negative, "latent": {"samples": latent}, "cfg": 3.0, "min_tokens": 0,
@@ -124,6 +124,10 @@ def test_calibrated_weights_load_and_bring_the_run_closer(name, variant, folder)
     assert torch.equal(job(patched), with_weights), "the MODEL of the calibration is that of the file"
     alone = job(run_node(SparseLinearAttention, **settings)[0])
     assert error(with_weights, plain) < error(alone, plain)
+    tried = report["calibration"]
+    assert tried["latent_error_sparse"] == pytest.approx(error(alone, plain), abs=2e-6)
+    assert tried["latent_error"] == pytest.approx(error(with_weights, plain), abs=2e-6)
+    assert report["notes"][0].startswith("error of the final latent") and len(report["notes"]) == 2 + len(rows)
     assert facts(loaded, NAME)["served"] == facts(loaded, NAME)["calls"]
 
 
@@ -147,6 +151,15 @@ def test_the_run_is_dense_and_only_chosen_steps_are_captured(folder):
     told = next(f for f in report["features"] if f["name"] == "Calibrate Sparse-Linear Attention")["facts"]
     assert told["declined"] == {"not a captured step": 16} and told["served"] == 8 and told["pairs_fraction"] == 1
     assert [row["calls"] for row in report["calibration"]["blocks"]] == [2] * 4
+
+
+def test_a_fit_that_does_not_help_says_so(folder, monkeypatch):
+    model, spec = model_of("flux")
+    monkeypatch.setattr(Normal, "solve", lambda self, ridge: (5 * torch.eye(128), torch.ones(128)))
+    report = calibrate(model, spec, large(spec), steps=2)[2]
+    assert "does not bring this job closer" in report["notes"][1]
+    assert report["calibration"]["latent_error"] > report["calibration"]["latent_error_sparse"]
+    assert calibrate(model, spec, large(spec), steps=2, verify=False)[2]["calibration"]["latent_error"] is None
 
 
 def test_an_interrupt_writes_nothing(folder, monkeypatch):
@@ -177,3 +190,23 @@ def test_what_cannot_be_calibrated_says_so(folder):
         other, spec = model_of("pixart")
         calibrate(other, spec, empty_latent(spec), steps=1)
     assert not [*folder.iterdir()]
+
+
+def test_a_trained_model_comes_closer_on_noise_that_it_has_not_seen(folder):
+    """The digit FLUX at four times the area of its training: 1,024 tokens, 16 blocks."""
+    import comfy.sd
+    from pack import ROOT
+
+    from tessera.methods.digits import words
+
+    model = comfy.sd.load_diffusion_model(str(ROOT / "models/digits_flux.safetensors"))
+    tokens, pooled = words.encode(torch.tensor([words.parse("five"), words.parse("")]))
+    positive, negative = [[tokens[i : i + 1], {"pooled_output": pooled[i : i + 1]}] for i in range(2)]
+    latent = torch.zeros(1, 16, 64, 64)
+    job = {"positive": [positive], "negative": [negative]}
+    patched, _, report = calibrate(model, None, latent, steps=6, cfg=1.0, variant="sla1", verify=False, **job)
+    assert all(row["after"] < row["before"] for row in report["calibration"]["blocks"])
+    fresh = Job(model_of("flux")[1], steps=6, cfg=1.0, latent=latent, seed=21, **job)
+    sparse = run_node(SparseLinearAttention, model=model, topk=0.3, variant="sla1", min_tokens=0)[0]
+    plain, alone, fitted = (fresh(m) for m in (model, sparse, patched))
+    assert error(fitted, plain) < error(alone, plain)
