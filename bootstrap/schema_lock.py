@@ -21,8 +21,10 @@ def _options(found: dict[str, Any]) -> dict[str, Any]:
     """Without the wording, and without choices that are files on this machine."""
     kept = {key: found[key] for key in KEPT if key in found}
     options = kept.get("options")
-    if options and all(isinstance(o, str) and o.lower().endswith(MODEL_FILES) for o in options):
-        del kept["options"]
+    if options and all(isinstance(o, str) for o in options):
+        kept["options"] = [o for o in options if not o.lower().endswith(MODEL_FILES)]
+        if not kept["options"]:
+            del kept["options"]
     elif options and isinstance(options[0], dict):  # conditional inputs: one sub-schema a choice
         kept["options"] = [[o["key"], slice_inputs(o["inputs"])] for o in options]
     return kept

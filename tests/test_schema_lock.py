@@ -32,6 +32,12 @@ def locked():
     return {"TesseraExample": json.loads(json.dumps(slice_of(INFO)))}
 
 
+def test_choices_that_are_files_are_not_locked():
+    slices = [slice_of(INFO | {"input": {"required": {"weights": ["COMBO", {"options": options}]}}})["inputs"]["weights"]
+              for options in (["none", "a.safetensors"], ["none"], ["b.gguf"])]  # fmt: skip
+    assert slices[0]["options"] == slices[1]["options"] == ["none"] and "options" not in slices[2]
+
+
 def changed(edit):
     info = copy.deepcopy(INFO)
     edit(info)
