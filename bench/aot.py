@@ -17,7 +17,7 @@ part; nothing else has to be registered. Keys of a spec:
     expect      optional {target: regex over instruction classes, e.g. "HGMMA"}
     targets     optional, the only targets it is meant for
     unaligned   optional, pointers and integers NOT known to be multiples of 16 (those of do_not_specialize)
-    extra       optional, True: compiled with --all only
+    extra       optional, compiled with --all only: True, or the targets for which that holds
 
 TRITON_INTERPRET must be unset. Only the triton wheel is needed: it ships ptxas and cuobjdump.
 """
@@ -90,9 +90,11 @@ def jobs(targets: list[str], everything: bool, only: str) -> list[tuple[str, int
     for module in modules():
         for i, spec in enumerate(module.aot_specs()):
             words = f"{module.__name__} {spec['kernel']} {spec.get('tag', '')}"
-            if (everything or not spec.get("extra")) and re.search(only, words):
+            extra = spec.get("extra", False)
+            if re.search(only, words):
                 for target in targets:
-                    if target in spec.get("targets", TARGETS):
+                    asked = everything or not (extra if isinstance(extra, bool) else target in extra)
+                    if asked and target in spec.get("targets", TARGETS):
                         found.setdefault(_identity(module, spec, target), (module.__name__, i, target))
     return list(found.values())
 

@@ -30,6 +30,7 @@ def dense(
     [R, H, M, K]. Softmax in fp32 (fp64 for fp64) whatever the inputs are."""
     if q.device.type == "cpu":
         bias = bias if bias is None or q.dtype != torch.float64 else bias.double()
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # it takes the last stride for 1
         attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         return attention(q, k, v, 0.0, False, attn_mask=bias, scale=scale)
     step = max(1, SCORES // (q.shape[0] * q.shape[1] * k.shape[2]))

@@ -66,6 +66,8 @@ def reference(
     blocks = -(-nk // block_n)
     check_list(idx, cnt, blocks)
     element = element_rule(rule, query_coords, key_coords, radius, temporal_radius, mode)
+    if nq == 0 or nk == 0:
+        return _finish(out.zero_(), row_factor, residual), lse.fill_(-math.inf)
     least = int(cnt.min())
     if least == blocks and element is None and weight is None:
         grouped = q.unflatten(1, (kv, heads // kv)).flatten(2, 3)

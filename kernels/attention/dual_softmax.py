@@ -226,4 +226,4 @@ def aot_specs() -> list[dict]:
     ) | {"IDX": "*i32", "CNT": "*i32"}
     variants = [("band", "bf16", {"RULE": 3}), ("whole blocks", "bf16", {"RULE": 0}), ("band", "fp32", {"RULE": 3})]
     unaligned = (*DUAL_SIZES, "R", "RT", "qcn", "kcn")
-    return head_specs("dual_softmax_kernel", "dual_softmax", kinds, variants, unaligned, small=(128,))
+    return head_specs("dual_softmax_kernel", "dual_softmax", kinds, variants, unaligned, small=1)
