@@ -90,6 +90,7 @@ class SparseState:
 
     plans: dict[Any, SparsePlan] = field(default_factory=dict)
     mask: torch.Tensor | None = None  # held, so that its address stays its own
+    forward: Any = None  # the call of the model that it was met in
     bias: torch.Tensor | None = None
     refused: str = ""
 
@@ -207,16 +208,13 @@ def _passes(plan: SparsePlan, q: torch.Size, k: torch.Size) -> Iterator[tuple[sl
 
 def _key_bias(state: SparseState, call: AttentionCall) -> torch.Tensor | None:
     """The mask as a bias over keys [B, N]. Declines where it hides image tokens or differs between queries; looks at the
-    values of a mask once, not at each block."""
+    values of a mask once in a call of the model, not at each block."""
     mask = call.mask
     if mask is None:
         return None
-    held = state.mask
-    same = held is not None and (held.data_ptr(), held.shape, held.stride(), held.dtype, held.device) == (
-        mask.data_ptr(), mask.shape, mask.stride(), mask.dtype, mask.device,
-    )  # fmt: skip
-    if not same or (state.bias is not None and state.bias.shape[0] != call.q.shape[0]):
-        state.mask, state.bias, state.refused = mask, None, ""
+    known = state.forward is call.forward and state.mask is not None and _place(state.mask) == _place(mask)
+    if not known or (state.bias is not None and state.bias.shape[0] != call.q.shape[0]):
+        state.mask, state.bias, state.refused, state.forward = mask, None, "", call.forward
         try:
             state.bias = bias = call.key_bias()
         except ValueError as reason:
@@ -227,3 +225,8 @@ def _key_bias(state: SparseState, call: AttentionCall) -> torch.Tensor | None:
     if state.refused:
         raise Decline(state.refused)
     return state.bias
+
+
+def _place(x: torch.Tensor) -> tuple[Any, ...]:
+    """What tells a view of memory from another, as long as one of them is held."""
+    return x.data_ptr(), x.shape, x.stride(), x.dtype, x.device

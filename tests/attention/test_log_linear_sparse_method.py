@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ from log_linear_helper import explicit
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from tessera.archs import Layout
+from tessera.kernels.attention import block_sparse, hierarchical_sparse
 from tessera.kernels.attention.hierarchical_sparse import default_levels
 from tessera.methods.attention import log_linear_sparse as m
 from tessera.methods.attention.call import AttentionCall, Decline
@@ -29,9 +31,12 @@ def made(where, heads=2, kv=None, dim=12, batch=1):
     return tuple(torch.randn(batch, where.total, h, dim).transpose(1, 2) for h in shapes)
 
 
-def call_of(where, mask=None, keys=None, tensors=None):
+FORWARD = SimpleNamespace()
+
+
+def call_of(where, mask=None, keys=None, tensors=None, forward=None):
     q, k, v = tensors or made(where, batch=2)
-    return AttentionCall(q, k[:, :, :keys], v[:, :, :keys], mask, 0.25, "joint", where, None, None)
+    return AttentionCall(q, k[:, :, :keys], v[:, :, :keys], mask, 0.25, "joint", where, None, forward or FORWARD)
 
 
 def run(method, where, q, k, v, scale=0.3, bias=None):
@@ -121,6 +126,19 @@ def test_heads_in_several_passes(settings, monkeypatch):
     assert torch.equal(run(method, where, *tensors), whole)
 
 
+@pytest.mark.parametrize("case", [((1, 9, 13), 19, 0), ((2, 5, 11), 0, 7)], ids=str)
+def test_the_kernels_agree(case, error, monkeypatch):
+    """What serves on a GPU, run by the interpreter."""
+    where, method = layout(*case), m.LogLinearSparse(topk=2, exclude_selected=True)
+    q, k, v = made(where, 2, 1, 16)
+    bias = torch.zeros(1, where.total)
+    bias[:, [0, -1]] = bias.new_tensor([-1.5, 0.0]) if case[1] else bias.new_tensor([0.0, -math.inf])
+    want = run(method, where, q, k, v, bias=bias)
+    monkeypatch.setattr(m, "block_sparse", block_sparse.launch)
+    monkeypatch.setattr(hierarchical_sparse, "hierarchical_sparse", hierarchical_sparse.launch)
+    assert error(run(method, where, q, k, v, bias=bias), want) < 1e-5
+
+
 def test_averages_bring_back_what_plain_top_k_loses(error):
     """Attention spread over smooth values: the means carry what the chosen patches leave out."""
     where = layout((1, 32, 32))
@@ -194,6 +212,12 @@ def test_masks():
     want = method.compute(method.plan(where), call.q, call.k, call.v, 0.25, bias)
     assert torch.equal(method.attend(state, call).out, want)
     assert torch.equal(method.attend(state, call).out, want), "the second call knows the mask"
+    text[0, ..., :5], later = False, SimpleNamespace()
+    want = method.compute(
+        method.plan(where), call.q, call.k, call.v, 0.25, torch.zeros(2, n).masked_fill(~text[:, 0, 0], -math.inf)
+    )
+    again = AttentionCall(call.q, call.k, call.v, text, 0.25, "joint", where, None, later)
+    assert torch.equal(method.attend(state, again).out, want), "the next call of the model may have written into it"
     image = torch.ones(2, 1, 1, n, dtype=torch.bool)
     image[1, ..., 30] = False
     for mask, words in ((image, "hides or weighs image"), (torch.ones(1, 1, n, n).tril().bool(), "differs between")):
