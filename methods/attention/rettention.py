@@ -80,8 +80,8 @@ class State:
 class Rettention:
     """pattern and density as _static.build takes them; interval: steps from refresh to refresh, 1: always dense."""
 
-    density: float = 0.03125
-    pattern: str = "circle"
+    density: float = 0.0625
+    pattern: str = "band_per_frame"
     interval: int = 5
     ramp: float = 0.04
     clamp_ratio: bool = True

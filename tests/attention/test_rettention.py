@@ -96,7 +96,7 @@ def test_separate_and_joined_prompts_agree(monkeypatch):
     patched, job = rettention(model), Job(spec, steps=4)
     joined = job(patched)
     calls = facts(patched, NAME)["calls"]
-    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_, **__: 0)
+    monkeypatch.setattr(comfy.model_patcher.ModelPatcher, "get_free_memory", lambda *_: 0)
     assert error(job(patched), joined) < 1e-4
     assert facts(patched, NAME)["calls"] == 2 * calls
 
