@@ -194,11 +194,13 @@ def _dispatcher(forward, plans: list[AttentionFeature], earlier: Callable | None
             state.work.offered(call)
             reason = plan.reason_to_decline(call)
             if reason is None:
+                typical = getattr(plan.method, "typical", None)
                 try:
                     answer = state.work.timed(
                         functools.partial(plan.method.attend, state.method, call),
                         functools.partial(func, *args, **kwargs),
                         call.q.device,
+                        typical is None or typical(state.method, call),
                     )
                 except Decline as decline:
                     reason = str(decline)

@@ -17,7 +17,7 @@ from ._block_map import block_map, lists
 
 HELD_BYTES = 256 << 20  # masks that a plan keeps between calls on a CPU; larger ones are made anew for each call
 FRAMES_LAST = (1e-6, 1.0, 1.0)  # where the pattern is the same in all frames, a block is a few places of many frames
-PATTERNS = ("circle", "band_per_frame", "band", "frame_tile")
+PATTERNS = ("band_per_frame", "band", "circle", "frame_tile")
 
 
 @dataclass(frozen=True, eq=False)

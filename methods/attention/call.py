@@ -55,7 +55,8 @@ class AttentionMethod(Protocol):
     """An attention method: immutable settings, state only in what `begin` returns. It may also have check(arch, stack,
     chosen), which raises ValueError for a MODEL of these blocks that it must not serve; held_bytes(elements, head_dim,
     dtype), bytes that one block keeps on the device for elements = B N H D of output; facts(state), numbers for the
-    report; line(facts), words for the node; wants_rotation, to find the model's RoPE table in call.forward.rotation."""
+    report; line(facts), words for the node; wants_rotation, to find the model's RoPE table in call.forward.rotation;
+    typical(state, call), whether this call may stand for the run where it is timed against dense attention."""
 
     def begin(self) -> Any:
         """What the method keeps during one sampling run."""

@@ -80,8 +80,8 @@ class State:
 class Rettention:
     """pattern and density as _static.build takes them; interval: steps from refresh to refresh, 1: always dense."""
 
-    density: float = 0.03125
-    pattern: str = "circle"
+    density: float = 0.0625
+    pattern: str = "band_per_frame"
     interval: int = 5
     ramp: float = 0.04
     clamp_ratio: bool = True
@@ -122,8 +122,7 @@ class Rettention:
             raise Decline("the pattern spans the picture")
         clock, rows = call.forward.run.clock, q.shape[0] * q.shape[1]
         state.begin(clock, self.interval)
-        place = call.block.number, call.forward.calls.get(call.block.number, 0), clock.series
-        names = [(*place, key) for key in keys]
+        names = _names(call)
         kept = [state.kept[name] for name in names if name in state.kept]
         fits = q.shape[0] // len(keys), *q.shape[1:], q.dtype, q.device
         if len(kept) == len(names) and all(entry.plan is plan and entry.fits == fits for entry in kept):
@@ -133,6 +132,11 @@ class Rettention:
         # one pass looks twice at the blocks where the rule decides; two passes look twice at all that is listed
         twice = plan.computed if bias is not None or gathers(q.device) else plan.partly
         return Answer(out, rows * (plan.dense_pairs + twice), rows * plan.dense_pairs)
+
+    def typical(self, state: State, call: AttentionCall) -> bool:
+        """Whether this call will be a reuse: those are the ones that shall be faster than dense attention."""
+        step = call.forward.run.clock.step
+        return all(name in state.kept and step - state.kept[name].step < self.interval for name in _names(call))
 
     def held_bytes(self, elements: int, head_dim: int, dtype: torch.dtype) -> int:
         """Bytes that one block keeps on the model's device, for elements = B N H D of its attention's output."""
@@ -192,6 +196,13 @@ class Rettention:
         if self.clamp_ratio:
             rows.clamp_max_(1.0)
         return ratio
+
+
+def _names(call: AttentionCall) -> list[Any]:
+    """Keys of State.kept for the streams of this call."""
+    number = call.block.number
+    place = number, call.forward.calls.get(number, 0), call.forward.run.clock.series
+    return [(*place, key) for key in call.forward.keys]
 
 
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor:

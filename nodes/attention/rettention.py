@@ -22,9 +22,9 @@ class Rettention(io.ComfyNode):
                 io.Model.Input("model", tooltip="A Diffusion Transformer whose token layout is known."),
                 io.Float.Input("density", default=0.0625, min=0.005, max=1.0, step=0.005, round=0.00001,
                     tooltip="Share of the image keys that an image token sees on the steps in between, 0 to 1. Higher is closer to the plain picture and slower."),
-                io.Combo.Input("pattern", options=["circle", "band_per_frame", "band", "frame_tile"],
-                    tooltip="Which keys those are: a disc around the token in every frame; a run of the row-by-row order in every frame (the paper's for video); "
-                            "one run of the whole sequence (the paper's for images); its own frame and some frames that all see."),
+                io.Combo.Input("pattern", options=["band_per_frame", "band", "circle", "frame_tile"],
+                    tooltip="Which keys those are: a run of the row-by-row order in every frame (the paper's for video); one run of the whole sequence "
+                            "(the paper's for images); a disc around the token in every frame, slower at the same density; its own frame and some frames that all see."),
                 io.Int.Input("interval", default=5, min=1, max=50,
                     tooltip="Steps from one full step to the next. Higher is faster and less exact. 1 is off: every step stays dense."),
                 io.Float.Input("ramp", default=0.04, min=0.0, max=0.2, step=0.01, round=0.001, advanced=True,

@@ -45,6 +45,15 @@ def test_refreshes_and_reuses(name):
     assert torch.equal(job(patched), got)
 
 
+def test_reuses_are_timed_against_dense_attention_not_refreshes():
+    model, spec = model_of("flux")
+    patched = rettention(model)
+    Job(spec, steps=1)(patched)
+    assert facts(patched, NAME)["served"] == 4 and "call_ms" not in facts(patched, NAME)
+    Job(spec, steps=2)(patched)
+    assert facts(patched, NAME)["call_ms"] > 0 and facts(patched, NAME)["dense_call_ms"] > 0
+
+
 @pytest.mark.parametrize(("sampler", "refreshed"), [("euler", 8), ("dpm_2", 8)])
 def test_full_steps_are_counted_as_in_the_paper(sampler, refreshed):
     """20 steps, 5 dense, one in 5 after them: 5, 10 and 15 are full too. dpm_2 refreshes once a step."""
@@ -96,7 +105,7 @@ def test_separate_and_joined_prompts_agree(monkeypatch):
     patched, job = rettention(model), Job(spec, steps=4)
     joined = job(patched)
     calls = facts(patched, NAME)["calls"]
-    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_, **__: 0)
+    monkeypatch.setattr(comfy.model_patcher.ModelPatcher, "get_free_memory", lambda *_: 0)
     assert error(job(patched), joined) < 1e-4
     assert facts(patched, NAME)["calls"] == 2 * calls
 
