@@ -110,7 +110,7 @@ def _key_gradients(level, k, v, q, g, lse, delta, idx, cnt, flags, pyramid, opti
 
 
 # How many head sizes every test run compiles in bf16 on each GPU, by operation and level.
-SMALL = {("hierarchical_sparse", None): 2, ("hierarchical_queries", None): 1}
+SMALL: dict[tuple[str, int | None], int] = {("hierarchical_sparse", None): 2, ("hierarchical_queries", None): 1}
 SMALL |= {("hierarchical_keys", 0): 1, ("hierarchical_keys", 2): 1}
 
 
