@@ -124,17 +124,18 @@ def main() -> int:
     torch.manual_seed(0)
     named = machine(device)
     print(f"{named}, torch {torch.__version__}")
+    built = {"commit": versions()["commit"]}  # of each row: a run of some stems keeps the other rows
     rows = []
     with torch.inference_mode():
         most = ceilings(device)
         print(", ".join(f"{name} {value:g}" for name, value in most.items()), flush=True)
         for case in all_cases(device):
             if not args.stems or case.name in args.stems:
-                rows.append(measure(case, device))
+                rows.append(measure(case, device) | built)
                 show(rows[-1])
         for case in growths(device):
             if not args.stems or case.name in args.stems:
-                rows.append(measure_growth(case, device))
+                rows.append(measure_growth(case, device) | built)
                 show(rows[-1])
     if not rows:
         parser.error(f"No kernel or method is called {' or '.join(args.stems)}.")

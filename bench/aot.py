@@ -221,7 +221,11 @@ def main() -> int:
     args = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         parser.error("Unset TRITON_INTERPRET: interpreted kernels cannot be compiled.")
-    todo = jobs(args.targets.split(","), args.all or os.environ.get("TESSERA_AOT") == "all", args.only)
+    targets = args.targets.split(",")
+    unknown = [name for name in targets if name not in TARGETS]
+    if unknown:
+        parser.error(f"unknown target {unknown[0]!r}; there are {', '.join(TARGETS)}")
+    todo = jobs(targets, args.all or os.environ.get("TESSERA_AOT") == "all", args.only)
     rows: list[Row] = []
     with ProcessPoolExecutor(args.jobs) as pool:
         for row in pool.map(compile_one, todo):

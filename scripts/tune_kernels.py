@@ -1,6 +1,7 @@
 """Measures launch parameters on this machine's GPU and keeps the fastest in your own table, which the nodes then use:
 
-    python scripts/tune_kernels.py [operation ...] [--tokens 4608,16896] [--dtype bfloat16] [--seconds 0.2]
+    python -m scripts.tune_kernels [operation ...] [--tokens 4608,16896] [--heads 64,72,128] [--dtype bfloat16]
+                                   [--seconds 0.2]
 
 Nothing is tuned while you sample: this script is the only thing that writes the table ($TESSERA_TABLES or
 ~/.tessera/tables, one file a GPU and Triton version). Measurements of other kernel sources than yours are ignored."""
@@ -24,6 +25,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 WARPS, STAGES = (4, 8), (1, 2, 3, 4)
+HEADED = ("attention.", "linear.linear_attention", "linear.block_causal")  # their examples can have any head size
 Entry = dict[str, Any]
 
 
@@ -39,14 +41,35 @@ def load_pack():
     return sys.modules["tessera"]
 
 
-def runs(tokens: list[int], device: str, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """(stem, one forward and, where there is one, backward pass) of every kernel with an example, for every size."""
+def runs(
+    tokens: list[int], device: str, dtype: torch.dtype, heads: tuple[int, ...] = ()
+) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """(stem, one forward and, where there is one, backward pass) of every kernel with an example, for every number of
+    tokens and every head size, where it has heads."""
     load_pack()
     for found in pkgutil.walk_packages([str(ROOT / "kernels")], "tessera.kernels."):
         module, stem = importlib.import_module(found.name), found.name.rsplit(".", 1)[1]
         if hasattr(module, "example"):
+            headed = found.name.removeprefix("tessera.kernels.").startswith(HEADED)
             for count in tokens:
-                yield stem, pass_of(getattr(module, stem), module.example(count, device, dtype))
+                inputs = module.example(count, device, dtype)
+                yield stem, pass_of(getattr(module, stem), inputs)
+                for width in heads if headed and inputs[0].ndim == 4 else ():
+                    if width != inputs[0].shape[3]:
+                        yield stem, pass_of(getattr(module, stem), widened(inputs, width))
+
+
+def widened(inputs: tuple, width: int) -> tuple:
+    """The same inputs with heads of another size: every float tensor [B, H, N, D] whose D is that of the first one."""
+    before = inputs[0].shape[3]
+
+    def one(x):
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.ndim != 4 or x.shape[3] != before:
+            return x
+        b, h, n, _ = x.shape
+        return torch.randn(b, n, h, width, device=x.device).to(x.dtype).transpose(1, 2)
+
+    return tuple(one(x) for x in inputs)
 
 
 def pass_of(op, inputs: tuple) -> Callable[[], Any]:
@@ -92,19 +115,22 @@ def milliseconds(run: Callable[[], Any], device: str, seconds: float) -> float:
 
 def tune(config, work: list[Callable[[], Any]], key, time_one: Callable[[Callable[[], Any]], float]) -> Entry | None:
     """The entry with the least sum over the work, each part as a share of its time with today's entry; None where
-    today's is the best. A candidate that does not fit the GPU is passed over."""
+    today's is the best. A candidate that does not compile or fit the GPU is passed over; RuntimeError where none does."""
     today = [time_one(run) for run in work]
-    best, chosen = 0.98 * len(work), None  # less than 2 % is noise
-    for entry in candidates(config, key[0], key[1]):
+    best, chosen, broken = 0.98 * len(work), None, None  # less than 2 % is noise
+    tried = candidates(config, key[0], key[1])
+    failures = 0
+    for entry in tried:
         with config.forced({key: entry}):
             try:
                 cost = sum(time_one(run) / base for run, base in zip(work, today, strict=True))
-            except Exception as error:
-                if "OutOfResources" not in type(error).__name__ and "out of resource" not in str(error).lower():
-                    raise
+            except Exception as error:  # too much shared memory, or whatever the compiler says of this tile
+                broken, failures = error, failures + 1
                 continue
         if cost < best:
             best, chosen = cost, entry
+    if broken is not None and failures == len(tried):
+        raise RuntimeError(f"No candidate of {key[0]} runs on this GPU; the last one said: {broken}") from broken
     return chosen
 
 
@@ -124,6 +150,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("operations", nargs="*", help="all when none is named")
     parser.add_argument("--tokens", default="4608,16896")
+    parser.add_argument("--heads", default="64,72,128", help="head sizes of the attention kernels")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--seconds", type=float, default=0.2, help="a measurement")
     args = parser.parse_args()
@@ -133,11 +160,15 @@ def main() -> int:
     load_pack()
     config = importlib.import_module("tessera.kernels._config")
     work: dict[Any, list[Callable[[], Any]]] = {}
-    for _stem, run in runs([int(n) for n in args.tokens.split(",")], "cuda", getattr(torch, args.dtype)):
+    heads = tuple(int(n) for n in args.heads.split(","))
+    for _stem, run in runs([int(n) for n in args.tokens.split(",")], "cuda", getattr(torch, args.dtype), heads):
         with config.recorded() as keys:
             run()
         for key in keys:
             work.setdefault(key, []).append(run)
+    unknown = sorted(set(args.operations) - {key[0] for key in work})
+    if unknown:
+        parser.error(f"unknown operation {unknown[0]!r}; there are {', '.join(sorted({key[0] for key in work}))}")
     path = config.user_table(torch.device("cuda"))
     for key in sorted(work):
         if args.operations and key[0] not in args.operations:

@@ -79,7 +79,20 @@ def test_an_entry_that_is_no_faster_is_not_written(tuner):
     assert tuner.tune(_config, [lambda: _config.lookup("block_sparse", x, 128)], KEY, lambda run: 2.0) is None
 
 
-def test_a_failure_that_is_no_lack_of_room_is_shown(tuner):
+def test_a_candidate_that_does_not_compile_is_passed_over(tuner):
+    worst = tuner.candidates(_config, *KEY[:2])[0]
+    x = torch.empty(1, dtype=torch.bfloat16)
+
+    def clock(run):
+        if run() == worst:
+            raise RuntimeError("PassManager::run failed")
+        return 1.0 if run()["warps"] == 4 else 2.0
+
+    chosen = tuner.tune(_config, [lambda: _config.lookup("block_sparse", x, 128)], KEY, clock)
+    assert chosen is None or (chosen != worst and chosen["warps"] == 4)
+
+
+def test_a_failure_of_every_candidate_is_shown(tuner):
     calls = iter([1.0])
 
     def clock(run):
@@ -88,7 +101,7 @@ def test_a_failure_that_is_no_lack_of_room_is_shown(tuner):
         except StopIteration:
             raise ValueError("wrong result") from None
 
-    with pytest.raises(ValueError, match="wrong result"):
+    with pytest.raises(RuntimeError, match="No candidate of block_sparse runs .* wrong result"):
         tuner.tune(_config, [dict], KEY, clock)
 
 
@@ -109,6 +122,17 @@ def test_every_example_can_be_tuned(tuner):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_attention_is_tuned_for_every_head_size_asked_for(tuner):
+    """The tables are read at exact widths: a size that is not measured keeps its shipped entry."""
+    found = {}
+    for stem, run in tuner.runs([64], "cpu", torch.float32, (32, 40)):
+        found.setdefault(stem, []).append(run)
+    assert len(found["block_sparse"]) == len(found["hierarchical_sparse"]) == len(found["linear_attention"]) == 3
+    assert len(found["norm_modulate"]) == 1
+    shapes = [run().shape[-1] for run in found["block_sparse"]]
+    assert shapes[1:] == [32, 40] and shapes[0] not in (32, 40)
+
+
 def test_without_a_gpu_the_script_says_so():
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, str(ROOT / "scripts" / "tune_kernels.py")]

@@ -106,6 +106,12 @@ def _key_bias(k, key_log_weight, segments, segment_bias) -> torch.Tensor | None:
         )
     if segment_bias.ndim not in (1, 2) or (segment_bias.ndim == 2 and segment_bias.shape[0] != b):
         raise ValueError(f"segment_bias {[*segment_bias.shape]} must be [S] or [{b}, S].")
+    if (
+        segments.device.type == "cpu"
+        and nk
+        and not 0 <= int(segments.min()) <= int(segments.max()) < segment_bias.shape[-1]
+    ):
+        raise ValueError(f"segments must name one of the {segment_bias.shape[-1]} segments of segment_bias, from 0.")
     bias = segment_bias.index_select(-1, segments)
     return bias if key_log_weight is None else bias + key_log_weight
 
@@ -121,6 +127,12 @@ def _check_row(q, row_factor, residual) -> None:
 
 
 def _check(q, k, v, idx, cnt, mode, query_coords, key_coords, key_log_weight, rule, block_m, block_n) -> None:
+    if not q.ndim == k.ndim == v.ndim == 4:
+        raise ValueError(
+            f"Queries {[*q.shape]}, keys {[*k.shape]} and values {[*v.shape]} must be [B, H, N, D] each, 4 dimensions."
+        )
+    if block_m < 1 or block_n < 1:
+        raise ValueError(f"Blocks need at least 1 token, got block_m {block_m} and block_n {block_n}.")
     (b, h, nq, d), (nk, kv) = q.shape, (k.shape[2], k.shape[1])
     if k.shape != v.shape or (k.shape[0], k.shape[3]) != (b, d) or h % kv:
         raise ValueError(
@@ -129,6 +141,9 @@ def _check(q, k, v, idx, cnt, mode, query_coords, key_coords, key_log_weight, ru
     if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
         raise ValueError(f"Queries, keys and values need one float dtype, got {q.dtype}, {k.dtype}, {v.dtype}.")
     rows = -(-nq // block_m)
+    for name, x in (("idx", idx), ("cnt", cnt), ("query_coords", query_coords), ("key_coords", key_coords)):
+        if x is not None and (x.is_floating_point() or x.is_complex()):
+            raise ValueError(f"{name} must hold integers, got {x.dtype}.")
     for name, x, dims in (("idx", idx, 4), ("cnt", cnt, 3)):
         if x.ndim != dims or x.shape[0] not in (1, b) or x.shape[1] not in (1, h) or x.shape[2] != rows:
             raise ValueError(
