@@ -7,7 +7,7 @@ PYTEST := $(RUN) -m pytest -n 2 --dist loadfile
 export PYTHONPYCACHEPREFIX := $(CURDIR)/.host/pycache
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test test-all lint aot bench bench-gpu node-assets serve clean
+.PHONY: setup demo test test-all lint aot bench bench-gpu node-assets matrix serve clean
 
 setup:
 	@$(PYTHON) bootstrap/setup.py
@@ -37,6 +37,9 @@ bench-gpu: setup
 
 node-assets: setup
 	$(RUN) bootstrap/node_assets.py
+
+matrix: setup
+	$(RUN) bootstrap/attention_matrix.py
 
 serve: setup
 	@$(RUN) bootstrap/serve.py

@@ -3,6 +3,7 @@ min_tokens 0 and a pattern that fits a small picture, on one tiny model of each 
 docs/attention_matrix.md and the table in README.md."""
 
 import argparse
+import functools
 import inspect
 import json
 import re
@@ -24,15 +25,22 @@ from tessera.patching.report import latest_record
 
 LOCK, PAGE, README = ROOT / "tests/golden/attention_matrix.json", ROOT / "docs/attention_matrix.md", ROOT / "README.md"
 BEGIN, END = "<!-- attention matrix -->\n", "<!-- end of the attention matrix -->"
-SMALL = {"radius": 4, "wt": 2, "wh": 4, "ww": 4, "block": 64, "ref_frames": 1}
-WIDER, LARGE = 4, 32  # times the tiny picture's sides, so that no pattern spans it; sides that are long enough
+SMALL = {"radius": 4, "wt": 2, "wh": 4, "ww": 4, "block": 16, "ref_frames": 1, "topk": 0.1}  # patterns
+SMALL |= {"global_every": 0, "depth": 1.0, "allow_untrained": True, "dense_first_steps": 0}  # every block and step
+FRAMES, WIDER, LARGE = (
+    6,
+    (4, 2),
+    32,
+)  # of a clip at least; times the tiny picture's sides, so that no pattern spans it; sides that are long enough
 Cell = dict[str, Any]  # {"refused": sentence}, or {"served": calls, "declined": {reason: calls}}
 
 
 def attention_nodes() -> list[type[io.ComfyNode]]:
-    """The nodes that need nothing but a MODEL and take the shared inputs."""
+    """The attention nodes that need nothing but a MODEL and take the shared inputs."""
     found = []
     for node in discover(strict=True):
+        if node.GET_SCHEMA().category != "Tessera/attention":
+            continue
         inputs = {i.id: i for i in node.GET_SCHEMA().inputs}
         needed = [
             i for i in inputs.values() if not i.optional and i.id != "model" and not isinstance(i, io.WidgetInput)
@@ -52,28 +60,39 @@ def defaults(node: type[io.ComfyNode]) -> dict[str, Any]:
     return given
 
 
-def roomy(spec: Spec) -> Spec:
-    """The spec with a larger picture; what has no height and width stays."""
+@functools.cache
+def roomy(name: str) -> Spec:
+    """The spec of that tiny model with the largest picture that it takes; what has no height and width stays."""
+    spec = SPECS[name]
     parts = spec.latent if isinstance(spec.latent, list) else [spec.latent]
     first = parts[0]
-    if len(first) < 4 or min(first[-2:]) >= LARGE:
-        return spec
-    wider = (*first[:-2], WIDER * first[-2], WIDER * first[-1])
-    return replace(spec, latent=[wider, *parts[1:]] if isinstance(spec.latent, list) else wider)
+    small = len(first) >= 4 and (min(first[-2:]) < LARGE or first[1] == 3)  # 3 channels are pixels, 16 a token
+    for times in WIDER if small else ():
+        frames = (max(first[2], FRAMES),) if len(first) == 5 else ()
+        wider = (*first[:2], *frames, times * first[-2], times * first[-1])
+        larger = replace(spec, latent=[wider, *parts[1:]] if isinstance(spec.latent, list) else wider)
+        try:
+            sample(tiny(name)[0], larger, steps=1)
+        except (AssertionError, RuntimeError, IndexError):  # its table of positions is smaller
+            continue
+        return larger
+    return spec
 
 
 def cell(node: type[io.ComfyNode], name: str) -> Cell:
     """What this node does on the tiny model of that name."""
-    model, spec = tiny(name)
+    model, _ = tiny(name)
     prepared = node.PREPARE_CLASS_CLONE({"hidden_inputs": {io.Hidden.unique_id: "1"}})
     try:
         given = defaults(node)
-        given |= {name: value for name, value in SMALL.items() if isinstance(given.get(name), int)} | {"min_tokens": 0}
+        kinds = {i.id: type(getattr(i, "default", None)) for i in node.GET_SCHEMA().inputs}
+        given |= {name: value for name, value in SMALL.items() if kinds.get(name) is type(value)}
+        given["min_tokens"] = 0
         made = prepared.EXECUTE_NORMALIZED(model=model, **given)
     except ValueError as sentence:
         return {"refused": str(sentence)}
     patched = made[0]
-    sample(patched, roomy(spec), steps=3)
+    sample(patched, roomy(name), steps=3)
     told = latest_record(patched)["features"][-1]["facts"]
     return {"served": told["served"], "declined": told["declined"]}
 
