@@ -88,7 +88,7 @@ class Canvas:
         self.page.wait_for_function(READY, timeout=300_000)
         self.page.wait_for_load_state("networkidle")
         self.page.keyboard.press("Escape")  # the template browser of a first visit
-        self.page.add_script_tag(path=str(HERE / "graphs.js"))
+        self.page.evaluate((HERE / "graphs.js").read_text("utf-8"))  # add_script_tag fails on errors that are not ours
 
     def look(self, renderer: str, theme: str = "dark"):
         """Chooses the node renderer, "classic" or "vue", and the palette."""

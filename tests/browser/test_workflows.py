@@ -66,10 +66,11 @@ def side(label, features):
 
 def outputs_of_a_run(workflow):
     """What a run of this workflow gives its nodes: reports with every part that they can have, and pictures."""
-    lines = {
-        "TesseraTaylorCache": "forecast 1017 of 1025 evaluations, held 12288.4 MiB",
-        "TesseraLocalWindowAttention": "served 20000 of 41000 calls, 22.7% of pairs; 21000 declined: outside the chosen steps",
-    }
+    served = "served 20000 of 41000 calls, 22.7% of pairs; 21000 declined: outside the chosen steps"
+    patches = [n for n in workflow["nodes"] if n["type"].startswith("Tessera")]
+    patches = [n["type"] for n in patches if any(slot["type"] == "MODEL" for slot in n.get("outputs") or ())]
+    lines = dict.fromkeys(patches, served)
+    lines["TesseraTaylorCache"] = "forecast 1017 of 1025 evaluations, held 12288.4 MiB"
     decisions = [{"step": i, "sigma": 1 - i / 25, "kind": "forecast" if i % 5 else "full"} for i in range(25)]
     features = [
         {"name": node["type"], "node": str(node["id"]), "line": lines[node["type"]],
