@@ -14,9 +14,10 @@ CONTROL = ("fixed", "increment", "decrement", "randomize")  # the value after a 
 NOTE = "MarkdownNote"
 COLUMN, ROW, WIDTH, LINE = 460, 60, 320, 24  # pixels: column and row distance, node width, one slot or widget
 GROWTH = {  # pixels that a node grows by at most when a run draws into it, in the classic canvas or as a Vue node
-    "TesseraCompare": 680, "TesseraRunReport": 260, "TesseraTaylorCache": 60, "TesseraLocalWindowAttention": 60,
+    "TesseraCompare": 680, "TesseraRunReport": 260, "TesseraAttentionProbe": 400,
     "SaveImage": 300, "SaveAnimatedWEBP": 300, "PreviewImage": 300,
 }  # fmt: skip
+LIVE_LINE = 60  # by which every other node of the pack grows, that of its live line
 
 
 @dataclass
@@ -177,12 +178,17 @@ def to_canvas(name: str, graph: dict[str, Any], info: dict[str, Any], version: s
             notes.append(_note(max(map(int, graph)) + 1 + len(notes), text, [x, y]))
             y += _text_height(text) + ROW
         nodes[key].update(pos=[x, y], order=order)
-        below[columns[key]] = y + nodes[key]["size"][1] + ROW + GROWTH.get(graph[key]["class_type"], 0)
+        below[columns[key]] = y + nodes[key]["size"][1] + ROW + growth(graph[key]["class_type"])
     return {
         "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"tessera/workflows/{name}")), "revision": 0,
         "last_node_id": max(map(int, graph)) + len(notes), "last_link_id": len(links),
         "nodes": [*nodes.values(), *notes], "links": links, "groups": [], "config": {}, "extra": {}, "version": 0.4,
     }  # fmt: skip
+
+
+def growth(kind: str) -> int:
+    """Pixels to leave below a node of this class."""
+    return GROWTH.get(kind, LIVE_LINE if kind.startswith("Tessera") and not kind.startswith("TesseraDigits") else 0)
 
 
 def widget_values(node: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
-from canvas import GROWTH, NOTE, bare, complete, dump, entries, to_api, to_canvas, widget_values
+from canvas import NOTE, bare, complete, dump, entries, growth, to_api, to_canvas, widget_values
 from PIL import Image
 from thumbnail import save_thumbnail
 
@@ -63,7 +63,7 @@ def test_no_node_covers_another(path, drawn):
 
 
 def test_the_layout_leaves_room_for_what_a_run_draws():
-    assert all(GROWTH[kind] >= gain for kind, gain in DRAWN.items())
+    assert all(growth(kind) >= gain for kind, gain in DRAWN.items())
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
