@@ -198,15 +198,8 @@ def serve(
 ) -> Answer:
     """The answer of a method whose pattern is segments. image: token grid -> segments int64 [T * H * W]. key: what they
     depend on besides the layout; plans are kept in `state` for the run. dense: the reason where all see all."""
-    layout, q = call.layout, call.q
-    if layout is None:
-        raise Decline("token layout unknown")
-    if (q.shape[2], call.k.shape[2]) != (layout.total, layout.total):
-        raise Decline("queries and keys are not the same tokens")
-    try:
-        bias = call.key_bias()
-    except ValueError as reason:
-        raise Decline(str(reason)) from reason
+    layout, q = call.places(), call.q
+    bias = call.served_bias()
     key = key, layout.grid, layout.image.start, layout.total, q.device
     if key not in state:
         state[key] = build(labels(layout, image(layout.grid), text), device=q.device)

@@ -1,7 +1,6 @@
 """Static patterns of a given density, and attention over the pairs that they leave: made once for a layout, from its
 grid alone, as block lists with an element rule. Tokens that are not of the image see all and are seen by all."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -10,12 +9,11 @@ from ...archs import Layout
 from ...kernels._triton import gathers
 from ...kernels.attention.block_sparse import block_sparse, full_lists
 from ...kernels.attention.dual_softmax import dual_softmax
-from ...kernels.attention.gather import Chunk, Lists, Rule, chunks, outputs
-from ...kernels.attention.gather import attend as attend_chunks
+from ...kernels.attention.gather import Chunk, Lists, Rule
 from ...kernels.attention.reorder import compact_order, coordinates, inverse
 from ._block_map import block_map, lists
+from ._gathered import default_block, gathered
 
-HELD_BYTES = 256 << 20  # masks that a plan keeps between calls on a CPU; larger ones are made anew for each call
 FRAMES_LAST = (1e-6, 1.0, 1.0)  # where the pattern is the same in all frames, a block is a few places of many frames
 PATTERNS = ("band_per_frame", "band", "circle", "frame_tile")
 
@@ -90,7 +88,7 @@ def build(
     """The plan of one layout: made on the CPU, then moved to `device`. density: share of the image keys that an image
     query sees, 1 all."""
     device = torch.device(device)
-    block = block or ((128, 16) if gathers(device) else (128, 64))
+    block = block or default_block(device)
     total, image = layout.total, layout.image
     at, rule, radius, reach = places(pattern, layout.grid, density)
     coords = torch.full((total, 3), -1, dtype=torch.int32)
@@ -172,18 +170,6 @@ def listed(
 
 
 def _gathered(plan: StaticPlan, q, k, v, scale: float, key_bias: torch.Tensor | None) -> torch.Tensor:
-    """The CPU path: the order is applied while keys are gathered, and the masks of a small plan are kept."""
-    token_bytes = 2 * k.shape[1] * k.shape[3] * k.element_size()
-    out, lse = outputs(q)
-    for b in range(q.shape[0]):
-        parts: Iterable[Chunk] = plan.held.get(token_bytes, ())
-        if token_bytes not in plan.held:
-            rule = Rule(plan.rule, plan.coords, plan.coords, plan.radius, plan.temporal_radius)
-            total = plan.layout.total
-            named = Lists(plan.idx[0, 0], plan.cnt[0, 0], plan.mode[0, 0], rule, (total, total), plan.block)
-            parts = chunks(named, token_bytes, plan.order)
-            if 4 * plan.computed <= HELD_BYTES:
-                parts = plan.held[token_bytes] = list(parts)
-        weight = None if key_bias is None else key_bias[b].float()
-        attend_chunks(parts, q[b], k[b], v[b], scale, 1, out[b], lse[b], weight)
-    return out
+    rule, total = Rule(plan.rule, plan.coords, plan.coords, plan.radius, plan.temporal_radius), plan.layout.total
+    named = Lists(plan.idx[0, 0], plan.cnt[0, 0], plan.mode[0, 0], rule, (total, total), plan.block)
+    return gathered(plan.held, named, plan.order, plan.computed, q, k, v, scale, key_bias)[0]

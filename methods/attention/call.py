@@ -26,6 +26,14 @@ class AttentionCall:
     block: Any  # its place in the residual stack: .number of .count
     forward: Any  # the call of the diffusion model it belongs to: .run.clock, .keys (streams of the batch rows)
 
+    def places(self) -> Layout:
+        """The layout. Decline where it is unknown, or queries and keys are not its tokens."""
+        if self.layout is None:
+            raise Decline("token layout unknown")
+        if (self.q.shape[2], self.k.shape[2]) != (self.layout.total, self.layout.total):
+            raise Decline("queries and keys are not the same tokens")
+        return self.layout
+
     def key_bias(self) -> torch.Tensor | None:
         """The mask as an additive bias over keys [B, M] fp32. ValueError where it differs between queries or heads."""
         if self.mask is None:
@@ -40,6 +48,13 @@ class AttentionCall:
         if bias.dtype == torch.bool:
             bias = torch.zeros(bias.shape, device=bias.device).masked_fill(~bias, float("-inf"))
         return bias.float().expand(self.q.shape[0], -1)
+
+    def served_bias(self) -> torch.Tensor | None:
+        """key_bias(), Decline where it cannot be told."""
+        try:
+            return self.key_bias()
+        except ValueError as reason:
+            raise Decline(str(reason)) from reason
 
 
 @dataclass(frozen=True)

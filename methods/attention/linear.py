@@ -79,20 +79,13 @@ class LinearAttention:
             raise ValueError(f"This graft has weights for {beyond[0][0]}.{beyond[0][1]}, which this {arch.name} lacks.")
 
     def attend(self, state: dict[Any, torch.Tensor], call: AttentionCall) -> Answer:
-        q, k, v, layout = call.q, call.k, call.v, call.layout
-        if layout is None:
-            raise Decline("token layout unknown")
-        if (q.shape[2], k.shape[2]) != (layout.total, layout.total):
-            raise Decline("queries and keys are not the same tokens")
+        q, k, v, layout = call.q, call.k, call.v, call.places()
         weights = self._weights(state, call)
         if self.rope == "dual" and not _fits(getattr(call.forward, "rotation", None), q):
             raise Decline("this model does not tell its RoPE, which dual needs")
         if self.heads and q.shape[1] % self.heads:
             raise Decline(f"{q.shape[1]} heads cannot be joined into {self.heads}")
-        try:
-            bias = call.key_bias()
-        except ValueError as reason:
-            raise Decline(str(reason)) from reason
+        bias = call.served_bias()
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
         out = self._linear(q, k, v, bias, getattr(call.forward, "rotation", None), weights)
         out = self._convolved(out, v, layout, weights)

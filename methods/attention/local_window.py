@@ -13,7 +13,6 @@ key blocks that hold a pair within the window, and the element rule is applied o
 """
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -23,14 +22,13 @@ import torch.nn.functional as F
 from ...archs import Layout
 from ...kernels._triton import gathers
 from ...kernels.attention.block_sparse import block_sparse
-from ...kernels.attention.gather import Chunk, Lists, Rule, chunks, outputs
-from ...kernels.attention.gather import attend as attend_chunks
+from ...kernels.attention.gather import Chunk, Lists, Rule
 from ...kernels.attention.reorder import compact_order, coordinates, inverse
 from ._block_map import block_map, lists
+from ._gathered import default_block, gathered
 from ._pooled_keys import pool, pooled_bias, sizes
 from .call import Answer, AttentionCall, Decline
 
-HELD_BYTES = 256 << 20  # masks that a plan keeps between calls on a CPU; larger ones are made anew for each call
 METRICS = ("circle", "square")
 COUNTS = ("auto", "one", "all")  # what a pooled key counts as; auto: one with trained patch weights, else all tokens
 BASE_TOKENS = 4608  # CLEAR's training length: 64 x 64 image tokens and 512 of text
@@ -107,11 +105,6 @@ class WindowPlan:
         rows, cols = -(-image // self.block[0]), -(-len(self.counts) // self.block[1])
         idx = torch.arange(cols, dtype=torch.int32, device=self.counts.device).expand(1, 1, rows, cols)
         return idx.contiguous(), torch.full((1, 1, rows), cols, dtype=torch.int32, device=self.counts.device)
-
-
-def default_block(device: torch.device) -> tuple[int, int]:
-    """(queries, keys): the tile of the GPU kernel; on a CPU many queries and few keys, which follow a disc closely."""
-    return (128, 16) if gathers(device) else (128, 64)
 
 
 def build(
@@ -215,21 +208,10 @@ def _launched(plan: WindowPlan, q, k, v, scale: float, key_bias: torch.Tensor | 
 
 
 def _gathered(plan: WindowPlan, q, k, v, scale: float, key_bias: torch.Tensor | None):
-    """The CPU path: the order is applied while keys are gathered, and the masks of a small plan are kept."""
     window, total = plan.window, plan.layout.total
-    token_bytes = 2 * k.shape[1] * k.shape[3] * k.element_size()
-    out, lse = outputs(q)
-    for b in range(q.shape[0]):
-        parts: Iterable[Chunk] = plan.held.get(token_bytes, ())
-        if token_bytes not in plan.held:
-            rule = Rule(window.metric, plan.coords, plan.coords, window.radius, window.temporal_radius)
-            lists = Lists(plan.idx[0, 0], plan.cnt[0, 0], plan.mode[0, 0], rule, (total, total), plan.block)
-            parts = chunks(lists, token_bytes, plan.order)
-            if 4 * plan.computed <= HELD_BYTES:
-                parts = plan.held[token_bytes] = list(parts)
-        weight = None if key_bias is None else key_bias[b].float()
-        attend_chunks(parts, q[b], k[b], v[b], scale, 1, out[b], lse[b], weight)
-    return out, lse
+    rule = Rule(window.metric, plan.coords, plan.coords, window.radius, window.temporal_radius)
+    lists = Lists(plan.idx[0, 0], plan.cnt[0, 0], plan.mode[0, 0], rule, (total, total), plan.block)
+    return gathered(plan.held, lists, plan.order, plan.computed, q, k, v, scale, key_bias)
 
 
 @dataclass(frozen=True)
@@ -256,15 +238,8 @@ class LocalWindow:
         return math.sqrt(math.log(max(2, tokens * (10 if self.down_factor > 1 else 1)), self.base_tokens))
 
     def attend(self, state: dict[Any, Any], call: AttentionCall) -> Answer:
-        q, layout = call.q, call.layout
-        if layout is None:
-            raise Decline("token layout unknown")
-        if (q.shape[2], call.k.shape[2]) != (layout.total, layout.total):
-            raise Decline("queries and keys are not the same tokens")
-        try:
-            bias = call.key_bias()
-        except ValueError as reason:
-            raise Decline(str(reason)) from reason
+        q, layout = call.q, call.places()
+        bias = call.served_bias()
         key = layout.grid, layout.image.start, layout.total, q.device
         if key not in state:
             window = self.radius, self.metric, self.temporal_radius

@@ -140,11 +140,7 @@ class LogLinearSparse:
         return SparsePlan(layout, pyramid, topk, keys, None if order is None else order.to(device), back, text)
 
     def attend(self, state: SparseState, call: AttentionCall) -> Answer:
-        q, layout = call.q, call.layout
-        if layout is None:
-            raise Decline("token layout unknown")
-        if (q.shape[2], call.k.shape[2]) != (layout.total, layout.total):
-            raise Decline("queries and keys are not the same tokens")
+        q, layout = call.q, call.places()
         key = layout.grid, layout.image.start, layout.total, q.device
         if key not in state.plans:
             state.plans[key] = self.plan(layout, q.device)

@@ -104,19 +104,13 @@ class Rettention:
         return State()
 
     def attend(self, state: State, call: AttentionCall) -> Answer:
-        q, layout, keys = call.q, call.layout, call.forward.keys
+        q, keys = call.q, call.forward.keys
         if self.interval == 1:
             raise Decline("interval 1 is dense attention")
-        if layout is None:
-            raise Decline("token layout unknown")
-        if (q.shape[2], call.k.shape[2]) != (layout.total, layout.total):
-            raise Decline("queries and keys are not the same tokens")
+        layout = call.places()
         if q.shape[0] % len(keys):
             raise Decline("rows cannot be told apart by prompt")
-        try:
-            bias = call.key_bias()
-        except ValueError as reason:
-            raise Decline(str(reason)) from reason
+        bias = call.served_bias()
         plan = self._plan(state, layout, q.device)
         if plan.dense:
             raise Decline("the pattern spans the picture")

@@ -156,11 +156,7 @@ class SparseLinear:
 
     def plan(self, state: State, call: AttentionCall) -> BlockPlan:
         """The plan that serves this call; Decline where none does."""
-        layout, device = call.layout, call.q.device
-        if layout is None:
-            raise Decline("token layout unknown")
-        if (call.q.shape[2], call.k.shape[2]) != (layout.total, layout.total):
-            raise Decline("queries and keys are not the same tokens")
+        layout, device = call.places(), call.q.device
         key = layout.grid, layout.image.start, layout.total, device
         if key not in state.plans:
             state.plans[key] = build(layout, self.topk, (self.block_q, self.block_k), self.order, device)
@@ -170,10 +166,7 @@ class SparseLinear:
 
     def attend(self, state: State, call: AttentionCall) -> Answer:
         plan = self.plan(state, call)
-        try:
-            bias = call.key_bias()
-        except ValueError as reason:
-            raise Decline(str(reason)) from reason
+        bias = call.served_bias()
         number = call.block.number
         weights = self.projections
         projection = None if weights is None or number not in weights.blocks else _projection(state, weights, call)

@@ -89,10 +89,7 @@ class Recorder:
         if self.steps is not None and run.clock.step not in self.steps:
             raise Decline("not a captured step")
         plan, method = self.method.plan(state, call), self.method
-        try:
-            bias = call.key_bias()
-        except ValueError as reason:
-            raise Decline(str(reason)) from reason
+        bias = call.served_bias()
         mask = None if bias is None else bias[:, None, None, :].to(call.q.dtype)
         grouped = call.q.shape[1] != call.k.shape[1]
         out = F.scaled_dot_product_attention(call.q, call.k, call.v, mask, scale=call.scale, enable_gqa=grouped)

@@ -100,7 +100,7 @@ def test_grouped_heads_low_precision_and_key_bias(error):
 
 
 def test_masks_too_large_to_keep_are_made_for_each_call(error, monkeypatch):
-    monkeypatch.setattr(m, "HELD_BYTES", 0)
+    monkeypatch.setattr("tessera.methods.attention._gathered.HELD_BYTES", 0)
     plan = plan_of(CASES[0])
     q, k, v = torch.randn(3, 1, 2, plan.layout.total, 16)
     for _ in range(2):
