@@ -69,6 +69,8 @@ class Arch:
     rope_options: bool = False  # positions heed core's ScaleROPE node
     text_after: bool = False  # text has positions on all axes, from half the picture's longer side on
     rotates: bool = False  # hands its RoPE table to attn1_patch as pe [B, 1, N, D / 2, 2, 2], before attention
+    modulated: Callable[[Any, dict[str, Any]], torch.Tensor | None] | None = None  # (diffusion model, arguments of the
+    #   first block) -> what TeaCache measures: that block's image input under its modulation [B, N, D], or its timestep part
     notes: str = ""
     limits: dict[str, str] = field(default_factory=dict)  # "attention" or "blocks": why it cannot be served, for users
 

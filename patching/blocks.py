@@ -110,6 +110,7 @@ def _replace_hook(forward, block: BlockPosition, earlier):
 
     def hook(args, extra, *rest, **unknown):
         shape: dict[str, Any] = {}
+        forward.arguments = args
 
         def compute(streams):
             call = {**args, **dict(zip(names, streams, strict=True))}
@@ -137,6 +138,7 @@ class WrappedForward:
         places = dict(zip(spec.streams, spec.positions, strict=False))
         streams = tuple(kwargs[n] if n in kwargs else args[places[n]] for n in spec.streams)
         single = []
+        forward.arguments = {**kwargs, **dict(zip(spec.streams, streams, strict=True))}
 
         def compute(values):
             positional, named = list(args), dict(kwargs)

@@ -8,11 +8,24 @@ import torch
 
 from ..methods.cache.cadence import Cadence
 from ..methods.cache.control import Control, control_of
-from ..methods.cache.taylor import Forecast
+from ..methods.cache.gate import Gate, MakeGate, Seen
 from .forward import Forward
 from .run import Run
 
 UNUSED = 2  # evaluations after which a stream that did not come back is forgotten: context windows may move every step
+Window = tuple[int, ...] | None
+
+
+@dataclass
+class Lane:
+    """The decisions for one context window; the only one of a run without windows."""
+
+    gates: dict[int, Gate] = field(default_factory=dict)  # by series of evaluations
+    last_full: int | None = None
+    decided: int = -1  # evaluation of the newest decision
+    step: int = -1
+    full: bool = True
+    seen: Seen | None = None  # of that evaluation, if it is computed, until its first call is over
 
 
 @dataclass
@@ -20,47 +33,85 @@ class CacheState:
     """One run of one cache node."""
 
     cadence: Cadence
-    forecast: Callable[[], Forecast]  # makes an empty history
+    forecast: Callable[[], Any]  # makes an empty history
     variable: str  # "step" or "sigma"
     schedule: list[bool] | None
-    histories: dict[Any, Forecast] = field(default_factory=dict)
+    gate: MakeGate | None = None
+    kind: str = "forecast"  # what a skipped evaluation is called
+    histories: dict[Any, Any] = field(default_factory=dict)
     used: dict[Any, int] = field(default_factory=dict)  # evaluation at which each history was last asked or told
     shapes: dict[Any, Any] = field(default_factory=dict)  # what the text streams of a stored entry looked like
     controls: dict[Any, Control] = field(default_factory=dict)  # what a ControlNet did in a stream's newest call
+    lanes: dict[Window, Lane] = field(default_factory=dict)
     stochastic: bool = False
-    skipping: dict[int, bool] = field(default_factory=dict)  # by forward, while it lasts
-    decision: tuple[int, bool] = (-1, True)  # evaluation, computes
+    calls: dict[int, Any] = field(default_factory=dict)  # by forward, while it lasts: what its level remembers
+    evaluation: int = -1  # of the newest entry of decisions
     restarts: int = 0
     first: int = 0  # evaluation at which the newest restart began
-    last_full: int | None = None
     decisions: list[dict[str, Any]] = field(default_factory=list)
     blocks_computed: int = 0
     blocks_skipped: int = 0
     peak_bytes: int = 0
 
-    def computes(self, run: Run) -> bool:
-        """The decision of this evaluation, made once and shared by all its calls."""
+    def computes(self, forward: Forward, look: Callable[[Seen], Seen] | None = None) -> bool:
+        """The decision of this evaluation, made once for each context window and shared by all its calls.
+
+        look: adds to a Seen what this level of the model can show to a gate."""
+        run = forward.run
         clock = run.clock
-        if self.decision[0] == clock.evaluation:
-            return self.decision[1]
-        if clock.restarts != self.restarts:
-            self.restarts, self.first, self.last_full = clock.restarts, clock.evaluation, None
-            self.histories.clear()
-        self._forget(clock.evaluation - UNUSED * clock.evaluations_a_step)
+        self._open(run)
+        lane = self.lanes.setdefault(forward.keys[0].window, Lane())
+        if lane.decided == clock.evaluation:
+            return lane.full
         number = clock.evaluation - self.first
-        full = self.cadence.computes(
-            clock.step, number, clock.steps, self.last_full, sigma=clock.sigma, schedule=self.schedule
+        whole = self.cadence.multi_eval == "skip_whole_steps"
+        again = whole and lane.step == clock.step and lane.decided >= self.first
+        forced = self.cadence.computes(
+            clock.step, number, clock.steps, lane.last_full, sigma=clock.sigma, schedule=self.schedule
         )
+        full = forced
+        if self.gate is not None and self.schedule is None:
+            gate = lane.gates.setdefault(clock.series, self.gate())
+            seen = Seen(clock.step, number, self.x(run), clock.sigma)
+            seen = look(seen) if look is not None else seen
+            full = gate.computes(seen, forced or (again and lane.full))
+            lane.seen = seen if full else None
+            if gate.error is not None:
+                worst = max(gate.error, self.decisions[-1].get("error", 0.0))
+                self.decisions[-1]["error"] = round(worst, 6)
+        if again:
+            full = lane.full
         if full:
-            self.last_full = self.cadence.unit(clock.step, number)
-        self.decision = (clock.evaluation, full)
-        self.decisions.append({"step": clock.step, "sigma": round(clock.sigma, 6), "kind": "full"})
+            lane.last_full = self.cadence.unit(clock.step, number)
+        lane.decided, lane.step, lane.full = clock.evaluation, clock.step, full
         return full
+
+    def tell(self, forward: Forward, made: torch.Tensor) -> None:
+        """To the gate: what a computed evaluation's first call gave for its first stream [b, ...]."""
+        lane = self.lanes[forward.keys[0].window]
+        if self.gate is not None and lane.seen is not None:
+            lane.gates[forward.run.clock.series].computed(lane.seen, made)
+            lane.seen = None
+
+    def _open(self, run: Run) -> None:
+        """The entry of a new evaluation."""
+        clock = run.clock
+        if self.evaluation == clock.evaluation:
+            return
+        self.evaluation = clock.evaluation
+        if clock.restarts != self.restarts:
+            self.restarts, self.first = clock.restarts, clock.evaluation
+            self.histories.clear()
+            self.lanes.clear()
+        self._forget(clock.evaluation - UNUSED * clock.evaluations_a_step)
+        self.decisions.append({"step": clock.step, "sigma": round(clock.sigma, 6), "kind": "full"})
 
     def _forget(self, before: int) -> None:
         for key in [k for k, at in self.used.items() if at < before]:
             for kept in (self.used, self.histories, self.shapes):
                 kept.pop(key, None)
+        for window in [w for w, lane in self.lanes.items() if lane.decided < before]:
+            del self.lanes[window]
 
     def keeps_control(self, forward: Forward) -> bool:
         """Whether the ControlNet acts on every stream of this call as on its last one; takes note of it."""
@@ -76,18 +127,34 @@ class CacheState:
         series = run.clock.series
         return all((k, series) in self.histories and self.histories[k, series].serves(self.x(run)) for k in keys)
 
+    def fits(self, run: Run, keys, shape: Any) -> bool:
+        """Whether the streams [...] of a call look as they did when these histories were told; if not, they start anew."""
+        places = [(key, run.clock.series) for key in keys]
+        same = all(self.shapes.get(place) == shape for place in places)
+        for place in places:
+            if self.shapes.get(place, shape) != shape:
+                self.histories.pop(place, None)
+            self.shapes[place] = shape
+        return same
+
     def store(self, run: Run, key, feature: torch.Tensor) -> None:
         key = key, run.clock.series
         if key not in self.histories:
             self.histories[key] = self.forecast()
         self.used[key] = run.clock.evaluation
         self.histories[key].update(feature, self.x(run))
-        self.peak_bytes = max(self.peak_bytes, sum(h.bytes_held for h in self.histories.values()))
+        self.peak_bytes = max(self.peak_bytes, self.bytes_held)
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes of all histories and of what the gates keep."""
+        gates = sum(gate.bytes_held for lane in self.lanes.values() for gate in lane.gates.values())
+        return gates + sum(history.bytes_held for history in self.histories.values())
 
     def predict(self, run: Run, key) -> torch.Tensor:
         key = key, run.clock.series
         self.used[key] = run.clock.evaluation
         return self.histories[key].predict(self.x(run))
 
-    def mark_forecast(self) -> None:
-        self.decisions[-1]["kind"] = "forecast"
+    def mark_skipped(self) -> None:
+        self.decisions[-1]["kind"] = self.kind

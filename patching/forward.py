@@ -34,6 +34,7 @@ class Forward:
     x: Any = None  # what the diffusion model received
     grid: tuple[int, int, int] | None = None
     diffusion_model: Any = None
+    arguments: dict[str, Any] = field(default_factory=dict)  # what the block being entered was given, by name
     control: Any = None  # residuals of ControlNets for this call, lists by name
     obscured: bool = False  # a condition of this call makes the token layout unknown
     block: Any = None  # the BlockPosition being computed, where hooks tell
@@ -47,6 +48,13 @@ class Forward:
         arch = self.run.arch
         if arch is not None and not self.obscured and isinstance(x, torch.Tensor | list | tuple):
             self.grid = arch.grid(diffusion_model, x)
+
+    def modulated(self) -> torch.Tensor | None:
+        """The first stream's rows of the first condition under the modulation of the block being entered; None where the
+        family does not tell."""
+        arch = self.run.arch
+        made = arch.modulated(self.diffusion_model, self.arguments) if arch is not None and arch.modulated else None
+        return made if made is None or made.shape[0] % len(self.keys) else made.chunk(len(self.keys))[0]
 
     def rows(self, tensor: torch.Tensor) -> list[torch.Tensor] | None:
         """The tensor cut into one chunk a stream along its batch, or None where it cannot be."""

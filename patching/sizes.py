@@ -1,5 +1,6 @@
 """Sizes that a model's modules tell of themselves."""
 
+import hashlib
 from collections import Counter
 
 import torch
@@ -15,3 +16,16 @@ def heads_of(model: torch.nn.Module) -> tuple[int, int]:
         if heads and (width or total):
             found[heads, width or total // heads] += 1
     return found.most_common(1)[0][0] if found else (2, 128)
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """Names and shapes of the weights and a few values of the biases and scales, as 16 hexadecimal digits: the same file
+    gives the same ones in another process, in bfloat16 or above, and under a LoRA, which changes matrices only."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(weight.shape)} ".encode())
+        if weight.is_floating_point() and weight.numel() and weight.dim() == 1:
+            flat = weight.detach().reshape(-1)
+            places = torch.linspace(0, flat.numel() - 1, 4, dtype=torch.float64).long().to(flat.device)
+            digest.update(str([f"{v:.2e}" for v in flat[places].to(torch.bfloat16).float().tolist()]).encode())
+    return digest.hexdigest()[:16]

@@ -56,7 +56,7 @@ def facts(model, name: str = "Taylor Cache") -> dict:
 
 def kinds(model) -> str:
     """The decisions of the newest run, one letter an evaluation: f full, p forecast."""
-    return "".join({"full": "f", "forecast": "p"}[d["kind"]] for d in facts(model)["decisions"])
+    return "".join({"full": "f", "forecast": "p", "reuse": "p"}[d["kind"]] for d in facts(model)["decisions"])
 
 
 def model_of(name: str, dtype: str = "fp32"):

@@ -29,7 +29,7 @@ def test_interval_1_is_bit_equal_with_the_hooks_firing(name, dtype, level):
     assert torch.equal(got, want) and torch.isfinite(got).all()
     assert watch.each == plain.each and plain.blocks > 0
     assert facts(patched)["blocks_computed"] == watch.blocks and facts(patched)["blocks_skipped"] == 0
-    assert facts(patched)["full"] == 8 and facts(patched)["peak_bytes"] > 0
+    assert facts(patched)["full"] == 8 and facts(patched)["peak_bytes"] == 0  # off stores nothing
     assert torch.equal(job(model), want)
 
 

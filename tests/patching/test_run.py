@@ -12,7 +12,7 @@ from nodes_helper import NODE_ID, Job, facts, model_of, taylor, watching
 from tessera.methods.cache.taylor import Forecast
 from tessera.patching import report
 from tessera.patching.blocks import WrappedForward
-from tessera.patching.cache import CacheState
+from tessera.patching.cache_state import CacheState
 from tessera.patching.forward import Forward
 from tessera.patching.report import latest_record
 from tessera.patching.run import RUN, Feature, Run, attach, current_forward
