@@ -74,7 +74,7 @@ class AttentionFeature(Feature):
             self.cannot(f"{self.name} does not know the token layout of {class_name}.")
         elif "attention" in arch.limits:
             self.cannot(f"{self.name} cannot act here: {arch.limits['attention']}")
-        elif arch.unordered and getattr(self.method, "spatial", False):
+        elif arch.unordered and self.method.spatial:
             self.cannot(f"{self.name} cannot act here: the tokens of {arch.name} are a set without places.")
         elif not (arch.override or arch.reached):
             self.cannot(

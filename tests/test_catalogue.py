@@ -96,6 +96,15 @@ def test_the_canvas_explains_it(entry):
 
 
 @each_node
+def test_a_node_that_patches_a_model_is_itself_alone(entry):
+    """Its id is in the MODEL for its live line, so two equal nodes must not share one cached result."""
+    _, schema = entry
+    if schema.category in ("Tessera/attention", "Tessera/cache") and any(i.id == "model" for i in schema.inputs):
+        hidden = [h.name for h in schema.hidden or ()]
+        assert schema.not_idempotent and "unique_id" in hidden, "set hidden=[io.Hidden.unique_id] and not_idempotent"
+
+
+@each_node
 def test_numbers_survive_the_canvas(entry):
     """The frontend rounds a Float without `step` and `round` to one decimal, and its widgets need a range."""
     _, schema = entry

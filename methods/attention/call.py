@@ -1,7 +1,7 @@
 """What an attention method sees and answers."""
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -71,7 +71,11 @@ class AttentionMethod(Protocol):
     chosen), which raises ValueError for a MODEL of these blocks that it must not serve; held_bytes(elements, head_dim,
     dtype), bytes that one block keeps on the device for elements = B N H D of output; facts(state), numbers for the
     report; line(facts), words for the node; wants_rotation, to find the model's RoPE table in call.forward.rotation;
-    typical(state, call), whether this call may stand for the run where it is timed against dense attention."""
+    typical(state, call), whether this call may stand for the run where it is timed against dense attention.
+
+    spatial: it means nothing where tokens have no places, as in a set of points; such a model is refused."""
+
+    spatial: ClassVar[bool]
 
     def begin(self) -> Any:
         """What the method keeps during one sampling run."""
