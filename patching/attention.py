@@ -16,7 +16,7 @@ from .blocks import BlockPosition, eager, positions
 from .memory import grid_of, stream_elements
 from .run import Feature
 from .sizes import heads_of
-from .work import Work, advice
+from .work import Work, advice, saving
 
 OVERRIDE = "optimized_attention_override"
 NAMES = ("q", "k", "v", "heads", "mask", "attn_precision", "skip_reshape", "skip_output_reshape")
@@ -96,6 +96,11 @@ class AttentionFeature(Feature):
                 f"{arch.name} to {self.name}. Lower them."
             )
 
+        if count and not self._chosen(count):
+            raise ValueError(
+                f"blocks: all that are named are among the dense first {self.dense_blocks[0]} or last "
+                f"{self.dense_blocks[1]}, which leaves none to {self.name}. Name others or lower these."
+            )
         check = getattr(self.method, "check", None)
         if check is not None:
             check(arch, stack, self._chosen(count))
@@ -130,14 +135,14 @@ class AttentionFeature(Feature):
         own = getattr(self.method, "line", None)
         told = f"; {own(facts)}" if own is not None and facts["served"] else ""
         served = f"served {facts['served']} of {facts['calls']} calls, {facts['pairs_fraction']:.1%} of pairs"
-        saved = f", {facts['flops_saved']:.1%} of the blocks' FLOPs saved" if facts["served"] else ""
+        saved = f", {saving(facts)}" if facts["served"] else ""
         hint = advice(facts)
         return f"{served}{saved}{told}{declined}{f'; {hint}' if hint else ''}"
 
     def reason_to_decline(self, call: AttentionCall) -> str | None:
         run = call.forward.run
         start, end = (run.percent_to_sigma(p) for p in self.sigma_percent)
-        if not end <= run.clock.sigma <= start:
+        if not end < run.clock.sigma <= start:  # a window of no width is none
             return "outside the chosen steps"
         if not self.dense_steps[0] <= run.clock.step < run.clock.steps - self.dense_steps[1]:
             return "outside the chosen steps"

@@ -12,6 +12,7 @@ import torch
 from .. import archs
 from ..methods.attention.clear_weights import ClearWeights, read
 from ..methods.attention.local_window import LocalWindow
+from ..methods.weight_files import read_weights
 from .attention import AttentionFeature
 from .run import Feature, attach
 
@@ -78,8 +79,8 @@ def load(model, path: str, node: str | None):
         kind = arch.name if arch else type(diffusion_model).__name__
         raise ValueError(f"CLEAR's weights are for FLUX.1, and this MODEL is {kind}. Load FLUX.1-dev.")
     sizes = len(diffusion_model.double_blocks), len(diffusion_model.single_blocks), diffusion_model.hidden_size
-    tensors, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
-    weights = read(tensors, *sizes, Path(path).name, metadata or {})
+    tensors, metadata = read_weights(path, "download it again from Huage001/CLEAR")
+    weights = read(tensors, *sizes, Path(path).name, metadata)
     patched = attach(
         model,
         ClearFeature(

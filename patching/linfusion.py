@@ -12,6 +12,7 @@ import comfy.utils
 import torch
 
 from ..methods.attention.linfusion import LinearSelfAttention, Module, build, modules_of
+from ..methods.weight_files import read_weights
 from .run import Feature, attach, current_forward
 
 MODELS = "tessera_linfusion"  # key of the additional model
@@ -71,7 +72,7 @@ def files(path: str) -> tuple[list[Module], dict[str, torch.Tensor]]:
     config = next((p for p in there if p.is_file()), None)
     if config is None:
         raise ValueError(f"LinFusion needs its config.json beside {path}: copy it from where the weights came from.")
-    return modules_of(config.read_text()), comfy.utils.load_torch_file(path, safe_load=True)
+    return modules_of(config.read_text()), read_weights(path, "download it again from where it came from")[0]
 
 
 def paths(modules: list[Module], model: Any) -> list[str]:
@@ -85,7 +86,7 @@ def paths(modules: list[Module], model: Any) -> list[str]:
         raise ValueError(
             f"LinFusion is for the UNet of Stable Diffusion 1.5, 2.1 and XL; {type(diffusion_model).__name__} is none."
         )
-    found = []
+    found: list[str] = []
     for module in modules:
         key = known.get(f"{module.module_name}.to_q.weight")
         if key is None or not module.module_name.endswith(".attn1"):
@@ -93,6 +94,10 @@ def paths(modules: list[Module], model: Any) -> list[str]:
                 f"This UNet has no self-attention {module.module_name}: the file is for another base model."
             )
         path = key.removesuffix(".to_q.weight")
+        if path in found:
+            raise ValueError(
+                f"This config.json names {module.module_name} twice; copy it again from where the weights came from."
+            )
         attn = comfy.utils.get_attr(diffusion_model, path)
         have, want = (attn.to_q.in_features, attn.heads), (module.dim_n, module.heads)
         if have != want:

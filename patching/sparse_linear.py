@@ -45,7 +45,8 @@ class SparseLinearFeature(AttentionFeature):
         told = super().line(facts)
         if self.inactive or weights is None or not facts or not facts["calls"]:
             return told
-        return f"{told}; linear branch in {len(weights.blocks)} blocks"
+        fitted = len(weights.blocks if self.blocks is None else self.blocks & {*weights.blocks})
+        return f"{told}; linear branch in {fitted} block{'s' if fitted != 1 else ''}"
 
 
 def sparse_inputs() -> list[Any]:
@@ -131,7 +132,9 @@ def calibrate(
     if not recorder.kept:
         facts = next(f["facts"] for f in outcome.record["features"] if f["name"] == feature.name)
         why = ", ".join(facts.get("declined", {})) or feature.inactive or "no image self-attention reached it"
-        raise ValueError(f"Calibration captured nothing: {why}. Lower min_tokens or topk, or use a larger latent.")
+        raise ValueError(
+            f"Calibration captured nothing: {why}. Widen the steps and blocks, lower min_tokens or topk, or use a larger latent."
+        )
     blocks, told = recorder.fitted(ridge)
     broken = [n for n, pair in blocks.items() if not all(x.isfinite().all() for x in pair)]
     if broken or not all(math.isfinite(row["before"]) for row in told):

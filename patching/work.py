@@ -18,6 +18,7 @@ class Work:
     flops: float = 0.0  # of the blocks, linear layers and dense attention, in the calls that were offered to the plan
     saved: float = 0.0  # what the plan left out of them
     served: int = 0
+    started: float = field(default_factory=time.perf_counter)  # of the run
     milliseconds: tuple[float, float] | None = None  # of one attention call: the plan's, dense
     _weights: dict[int, float] = field(default_factory=dict)
 
@@ -46,10 +47,20 @@ class Work:
         return answer
 
     def facts(self) -> dict[str, Any]:
-        told: dict[str, Any] = {"flops_saved": round(self.saved / self.flops, 6) if self.flops else 0.0}
+        share = self.saved / self.flops if self.flops else 0.0
+        told: dict[str, Any] = {"flops_saved": round(share, 6)}
+        if 0 < share < 1:  # the run went through the rest of the FLOPs in the time that it took
+            told["seconds_saved"] = round((time.perf_counter() - self.started) * share / (1 - share), 3)
         if self.milliseconds is not None:
             told["call_ms"], told["dense_call_ms"] = (round(x, 4) for x in self.milliseconds)
         return told
+
+
+def saving(facts: dict[str, Any]) -> str:
+    """Words for what was saved: a share of the FLOPs, and the time that they stand for."""
+    seconds = facts.get("seconds_saved", 0.0)
+    time_told = f", some {seconds:.1f} s if time goes with them" if seconds >= 0.05 else ""
+    return f"{facts['flops_saved']:.1%} of the blocks' FLOPs saved{time_told}"
 
 
 def advice(facts: dict[str, Any]) -> str:

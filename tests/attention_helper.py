@@ -14,6 +14,8 @@ from tessera.patching.run import attach
 class Exact:
     """Dense attention as a method, asking for everything that a method may ask for."""
 
+    spatial = False
+
     def begin(self):
         return []
 
@@ -32,6 +34,8 @@ class Exact:
 class Nothing:
     """Attention that returns zeros."""
 
+    spatial = False
+
     def begin(self):
         return None
 
@@ -40,6 +44,8 @@ class Nothing:
 
 
 class Refuses:
+    spatial = False
+
     def begin(self):
         return None
 

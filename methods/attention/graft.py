@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from safetensors import safe_open
+
+from ..weight_files import read_weights
 
 KEY = re.compile(r"graft\.(.+?)\.(\d+)\.(.+)")
 FORMAT = "graft_v1"
@@ -34,9 +35,7 @@ class Graft:
 
 def load(path: str, op: str = "linear") -> Graft:
     """The graft of that operator. ValueError in one sentence for any other file."""
-    with safe_open(path, "pt") as file:
-        told = file.metadata() or {}
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+    tensors, told = read_weights(path, "train or download it again")
     if told.get("format") != FORMAT or told.get("op") != op:
         found = f"format {told.get('format')!r} and op {told.get('op')!r}"
         raise ValueError(f"{path} is no graft for this node: it has {found}, wanted are {FORMAT!r} and {op!r}.")
@@ -48,8 +47,21 @@ def load(path: str, op: str = "linear") -> Graft:
         blocks.setdefault((match[1], int(match[2])), {})[match[3]] = value
     if not blocks:
         raise ValueError(f"{path} holds no weights.")
-    hparams = json.loads(told.get("hparams", "{}"))
+    hparams = _hparams(path, told.get("hparams", "{}"))
     unknown = sorted(set(hparams) - set(HPARAMS))
     if unknown:
         raise ValueError(f"{path}: unknown setting {unknown[0]!r} in its hparams; known are {', '.join(HPARAMS)}.")
     return Graft(told.get("arch", ""), op, hparams, blocks)
+
+
+def _hparams(path: str, text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+        fits = all(type(v) is (int if k == "heads" else float if k == "eps" else str) for k, v in found.items())
+    except (ValueError, AttributeError):
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"{path}: its hparams must be words by name, heads a number and eps a fraction; got {text[:60]!r}."
+        )
+    return found

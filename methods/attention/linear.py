@@ -105,7 +105,18 @@ class LinearAttention:
         if place not in self.trained.blocks:
             raise Decline("the graft has no weights for this block")
         found = {}
+        heads, width = call.q.shape[1], call.q.shape[3]
         for name, value in self.trained.blocks[place].items():
+            have = tuple(value.shape)
+            if name.startswith("dwc"):
+                fits = have[0] in (width, heads * width)
+            else:
+                fits = have[0] == heads and (name == "gamma" or have[1] == width)
+            if not fits:
+                raise ValueError(
+                    f"The graft's {name} {[*have]} for {place[0]}.{place[1]} does not fit attention of {heads} heads of "
+                    f"{width} features. Take the graft that was trained for this model."
+                )
             key = *place, name, call.q.device, call.q.dtype
             if key not in state:
                 state[key] = value.to(call.q.device, call.q.dtype)

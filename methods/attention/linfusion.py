@@ -53,8 +53,9 @@ def modules_of(config: str) -> list[Module]:
     for m in modules:
         if type(m.dim_n) is not int or type(m.heads) is not int or m.heads < 1 or m.dim_n < 1 or m.dim_n % m.heads:
             raise ValueError(f"{m.module_name}: {m.dim_n} channels do not split into {m.heads} heads.")
-        if not (m.projection_mid_dim is None or m.projection_mid_dim == -1 or m.projection_mid_dim > 0):
-            raise ValueError(f"{m.module_name}: projection_mid_dim {m.projection_mid_dim} must be null, -1 or a width.")
+        mid = m.projection_mid_dim
+        if not (mid is None or (type(mid) is int and (mid == -1 or mid > 0))):
+            raise ValueError(f"{m.module_name}: projection_mid_dim {mid!r} must be null, -1 or a width.")
     if not modules:
         raise ValueError("This config.json lists no modules.")
     return modules

@@ -23,6 +23,7 @@ from .call import Answer, AttentionCall, Decline
 
 LAYOUTS = ("even", "first", "last")
 DENSE = "dense"
+MADE_FOR = ("frames", "ref_layout")  # in a plan, beside its blocks
 
 
 def references(frames: int, k: int, layout: str = "even") -> list[int]:
@@ -53,10 +54,11 @@ def parse_plan(text: str) -> dict[int, int | None]:
     try:
         found = json.loads(text)
         blocks = found.get("blocks", found)
-        plan = {int(block): None if k == DENSE else _count(k) for block, k in blocks.items()}
+        plan = {int(block): None if k == DENSE else _count(k) for block, k in blocks.items() if block not in MADE_FOR}
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(
-            f'plan: cannot read it as {{"blocks": {{"0": "dense", "1": 2}}}} with counts of 0 or more: {error}'
+            'plan: cannot read it; paste what Attention Tile Search gave, or write {"blocks": {"0": "dense", "1": 2}} with '
+            f"the reference frames of each block. It is: {text.strip()[:60]!r}"
         ) from error
     if min(plan, default=0) < 0:
         raise ValueError(f"plan: there is no block {min(plan)}.")
@@ -89,7 +91,7 @@ class Tile:
             raise ValueError(
                 f"Reference frames are 0 or more, laid out {LAYOUTS}; got {self.ref_frames}, {self.layout!r}."
             )
-        _ = self.blocks  # a plan that cannot be read is refused here
+        _ = self.blocks, self.placed  # a plan that cannot be read is refused here
 
     @property
     def planned(self) -> bool:
@@ -100,6 +102,14 @@ class Tile:
         """The plan; empty without one."""
         return parse_plan(self.plan) if self.planned else {}
 
+    @functools.cached_property
+    def placed(self) -> str:
+        """Where reference frames are: as the plan was made for, if it says so."""
+        told = json.loads(self.plan).get("ref_layout", self.layout) if self.planned else self.layout
+        if told not in LAYOUTS:
+            raise ValueError(f"plan: ref_layout {told!r} is none of {LAYOUTS}.")
+        return told
+
     def begin(self) -> dict[Any, SegmentPlan]:
         return {}
 
@@ -109,5 +119,5 @@ class Tile:
             raise Decline("dense in the plan")
         if call.layout is not None and call.layout.grid[0] == 1:
             raise Decline("a single frame")
-        tile = lambda grid: frames_of(grid, k, self.layout)  # noqa: E731
+        tile = lambda grid: frames_of(grid, k, self.placed)  # noqa: E731
         return serve(state, call, k, tile, DENSE, "every frame sees every frame")

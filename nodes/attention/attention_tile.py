@@ -24,7 +24,7 @@ class AttentionTile(io.ComfyNode):
                     tooltip="Reference frames, in latent frames, that see and are seen by every frame. More keep motion and are slower; "
                             "as many as the clip has change nothing. Unused with a plan."),
                 io.Combo.Input("ref_layout", options=list(LAYOUTS),
-                    tooltip="Where they are: evenly spaced from the first frame to the last, at the start, or at the end."),
+                    tooltip="Where they are: evenly spaced from the first frame to the last, at the start, or at the end. A plan that says its own wins."),
                 io.String.Input("plan", default="", multiline=True,
                     tooltip='A number for each block in place of ref_frames, from Attention Tile Search or written by hand: {"0": "dense", "1": 2}. '
                             "Blocks that it does not name stay dense. Empty: ref_frames everywhere."),

@@ -16,7 +16,7 @@ class LocalWindowAttention(io.ComfyNode):
             category="Tessera/attention",
             description="Image tokens attend to the text and to image tokens within a radius, instead of to all. Large "
             "pictures and videos gain most. Works with stock weights. A radius that spans the picture (and a temporal_radius that spans the clip) changes "
-            "nothing.",
+            "nothing, as long as nothing else is turned on.",
             search_aliases=["CLEAR", "sliding window", "neighborhood attention", "NATTEN", "sparse attention", "STA",
                             "radial attention"],
             inputs=[

@@ -27,7 +27,11 @@ def test_image_attention_is_served_where_a_node_is_meant_for_it():
     for title, cells in CELLS.items():
         served = [c for c in cells.values() if "served" in c and "a single frame" not in c["declined"]]
         calls = sum(c["served"] + sum(c["declined"].values()) for c in served)
-        assert sum(c["served"] for c in served) >= 0.95 * calls, (title, [c["declined"] for c in served if c["declined"]], "a wide pattern? see SMALL")
+        assert sum(c["served"] for c in served) >= 0.95 * calls, (
+            title,
+            [c["declined"] for c in served if c["declined"]],
+            "a wide pattern? see SMALL",
+        )
 
 
 def test_the_pages_show_it():

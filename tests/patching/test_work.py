@@ -1,3 +1,4 @@
+import pytest
 import torch
 from attention_helper import Exact, Nothing, Refuses, plan
 from nodes_helper import Job, facts, model_of
@@ -44,3 +45,12 @@ def test_timing_changes_no_bit():
 def test_advice_only_where_dense_was_faster():
     assert m.advice({}) == "" and m.advice({"call_ms": 1.0, "dense_call_ms": 2.0}) == ""
     assert "raise min_tokens" in m.advice({"call_ms": 2.0, "dense_call_ms": 1.0})
+
+
+def test_time_saved_follows_from_the_flops():
+    model, spec = model_of("flux")
+    patched = plan(model, Nothing())
+    Job(spec, steps=2, cfg=1.0)(patched)
+    told = facts(patched, "Plan")
+    share, run = told["flops_saved"], latest_record(patched)["seconds"]
+    assert 0 < share < 1 and told["seconds_saved"] == pytest.approx(run * share / (1 - share), rel=0.2, abs=2e-3)
