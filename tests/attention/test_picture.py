@@ -1,5 +1,6 @@
 """Pictures of masks against explicit masks over all pairs, pooled."""
 
+import dataclasses
 import gc
 import math
 import weakref
@@ -18,7 +19,7 @@ from tessera.methods.attention.diagonal import Diagonal
 from tessera.methods.attention.local_window import LocalWindow
 from tessera.methods.attention.log_linear_sparse import LogLinearSparse
 from tessera.methods.attention.rettention import Rettention
-from tessera.methods.attention.sparse_linear import SparseLinear
+from tessera.methods.attention.sparse_linear import Blocks, SparseLinear
 from tessera.methods.attention.tile import Tile
 from tessera.methods.attention.window_3d import Window3D
 from tessera.patching.pictures import shades
@@ -163,3 +164,20 @@ def test_a_picture_holds_no_queries_and_few_bytes():
 
 def test_shades_tell_few_pairs_from_none():
     assert shades(torch.tensor([0.0, 1e-6, 0.5, 1.0])).tolist() == [0, 1, 128, 255]
+
+
+@pytest.mark.parametrize("method", [SparseLinear(0.3), LogLinearSparse(levels=2)], ids=lambda x: type(x).__name__)
+def test_drawing_from_lists_reads_no_values(method):
+    """On the meta device there are none to read: on a GPU nothing waits, and the result stays there."""
+    call = call_of(ODD[0], torch.float32)
+    state = method.begin()
+    method.attend(state, call)
+    (plan,) = state.plans.values()
+    tensors = {name: x.to("meta") for name, x in vars(plan).items() if isinstance(x, torch.Tensor)}
+    away = dataclasses.replace(plan, **tensors)
+    if isinstance(method, SparseLinear):
+        idx = torch.zeros(2, 4, 7, plan.keep + len(plan.always), dtype=torch.int32, device="meta")
+        found = method.picture(away, Blocks(idx, idx[..., 0], None))
+    else:
+        found = method.picture(away, *(x[:1, :1].to("meta") for x in (call.q, call.k)))
+    assert shades(found.shares).device.type == "meta"
