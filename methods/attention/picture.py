@@ -1,6 +1,6 @@
-"""Pictures of sparse masks: the share of pairs that is looked at, in cells of neighbouring queries and keys, at most CELLS
-a side. Where the pattern follows from the layout a picture is made when somebody asks for it, else from the lists of one
-call; neither holds queries, keys or values."""
+"""Pictures of sparse masks: the share of pairs that is looked at, in cells of neighbouring queries and keys, at most
+CELLS a side. Where the pattern follows from the layout a picture is made when somebody asks for it, else from the lists
+of one call; neither holds queries, keys or values."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,8 +17,8 @@ PATCHES = "image tokens in patches, then all others"
 
 @dataclass(frozen=True)
 class Picture:
-    """shares [R, C] in 0..1 of rows of queries and columns of keys, or what makes them later. heads: which ones they are
-    of; order: how the tokens lie; note: what is looked at besides."""
+    """shares [R, C] in 0..1 of rows of queries and columns of keys, or what makes them later. heads: which ones they
+    are of; order: how the tokens lie; note: what is looked at besides."""
 
     shares: torch.Tensor | Callable[[], torch.Tensor]
     heads: str = "all heads alike"
@@ -53,8 +53,8 @@ def _cell_of(tokens: int) -> torch.Tensor:
 
 
 def listed_shares(listed: torch.Tensor, image: int, others: int, block: tuple[int, int]) -> torch.Tensor:
-    """listed [n, m]: shares of the blocks of image queries by blocks of keys that image tokens alone fill, from the first
-    one; block (queries, keys), tokens. All other keys and all other queries are seen, and see, in full. -> [R, C]."""
+    """listed [n, m]: shares of the blocks of image queries by blocks of keys that image tokens alone fill, from the
+    first one; block (queries, keys), tokens. All other keys and all other queries are seen, and see, in full. -> [R, C]."""
     device, (bq, bk) = listed.device, block
     held = min(listed.shape[1] * bk, image)  # what fills no block of its own stands with the others
     heights = [lengths(image, bq, device), lengths(others, bq, device)]

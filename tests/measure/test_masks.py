@@ -1,4 +1,4 @@
-"""Run Report draws the masks of sparse attention: of the last served call, only when asked, without a trace in the run."""
+"""Run Report draws the masks of sparse attention: of the last served call, when asked, without a trace in the run."""
 
 import base64
 import json
