@@ -14,6 +14,7 @@ from ..methods.attention.call import Answer, AttentionCall, AttentionMethod, Dec
 from . import prewarm
 from .blocks import BlockPosition, eager, positions
 from .memory import grid_of, stream_elements
+from .pictures import Drawing, Sketch
 from .run import Feature
 from .sizes import heads_of
 from .work import Work, advice, saving
@@ -32,11 +33,13 @@ class PlanState:
     pairs: float = 0.0  # query-key pairs computed by served calls, summed over heads and batch rows
     dense_pairs: float = 0.0  # what dense attention would have computed in the same calls
     work: Work = field(default_factory=Work)
+    drawing: Drawing = field(default_factory=Drawing)
 
-    def add(self, answer: Answer) -> None:
+    def add(self, call: AttentionCall, answer: Answer) -> None:
         self.served += 1
         self.pairs += answer.pairs
         self.dense_pairs += answer.dense_pairs
+        self.drawing.see(call, answer)
 
     def facts(self) -> dict[str, Any]:
         calls = self.served + sum(self.declined.values())
@@ -126,6 +129,9 @@ class AttentionFeature(Feature):
         own = getattr(self.method, "facts", None)
         return state.facts() if own is None else {**state.facts(), **own(state.method)}
 
+    def sketch(self, state: PlanState, steps: int) -> Sketch | None:
+        return state.drawing.sketch(steps)
+
     def line(self, facts: dict[str, Any]) -> str:
         if self.inactive:
             return self.inactive
@@ -210,7 +216,7 @@ def _dispatcher(forward, plans: list[AttentionFeature], earlier: Callable | None
                 except Decline as decline:
                     reason = str(decline)
                 else:
-                    state.add(answer)
+                    state.add(call, answer)
                     state.work.spared(call, answer)
                     return pack(answer.out)
             state.declined[reason] += 1

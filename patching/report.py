@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from server import PromptServer
 
+from .pictures import Sketch
+
 EVENT = "tessera.run"
 KEPT = 16  # records a MODEL remembers
 MARKS = 64  # numbers of a latent by which its run is recognised
@@ -18,22 +20,25 @@ class Ledger:
     """The last runs of a MODEL and its clones, newest last."""
 
     def __init__(self):
-        self._records: deque[tuple[tuple[Any, ...], Marks | None, dict[str, Any]]] = deque(maxlen=KEPT)
+        self._records: deque[tuple[tuple[Any, ...], Marks | None, dict[str, Any], Sketches]] = deque(maxlen=KEPT)
         self._lock = Lock()
 
     def __deepcopy__(self, memo):
         return self
 
-    def add(self, features: tuple[Any, ...], record: dict[str, Any], marks: "Marks | None" = None) -> None:
+    def add(
+        self, features: tuple[Any, ...], record: dict[str, Any], marks: "Marks | None" = None,
+        sketches: "Sketches | None" = None,
+    ) -> None:  # fmt: skip
         with self._lock:
-            self._records.append((features, marks, record))
+            self._records.append((features, marks, record, sketches or {}))
 
     def find(self, features: tuple[Any, ...], patches: str, marks: "Marks | None") -> dict[str, Any] | None:
         """The record of exactly these features whose run gave out the latent of these marks; else the newest one,
         preferring the same weight patches (LoRA), with a note where a latent was asked for. Branches of one MODEL share
         its ledger, so features are told apart by identity and not by name."""
         with self._lock:
-            mine = [(held, record) for owners, held, record in self._records if owners == features]
+            mine = [(held, record) for owners, held, record, _ in self._records if owners == features]
         made = [record for held, record in mine if marks is not None and same_latent(held, marks)]
         if made:
             return made[-1]
@@ -41,8 +46,18 @@ class Ledger:
         found = ([r for r in every if r["patches"] == patches] or every or [None])[-1]
         return found if found is None or marks is None else {**found, "notes": [CHANGED]}
 
+    def draw(self, record: dict[str, Any]) -> None:
+        """Adds the masks to the features of a record that find() gave, once."""
+        entries = record["features"]
+        with self._lock:
+            for sketches in [s for _, _, held, s in self._records if held["features"] is entries]:
+                while sketches:
+                    number, make = sketches.popitem()
+                    entries[number]["mask"] = make()
+
 
 Marks = tuple[tuple[int, ...], tuple[float, ...]]
+Sketches = dict[int, Sketch]  # by place in a record's features
 
 
 def marks_of(latent: Any) -> Marks | None:
@@ -66,11 +81,14 @@ def same_latent(a: Marks | None, b: Marks) -> bool:
 def publish(run, ended: str, ledger: Ledger | None, patches: str, made: Any = None) -> None:
     """Collects the facts of every feature, stores the record and tells the canvas. made: the latent that the run gave."""
     seconds = time.perf_counter() - run.started
-    entries = []
-    for feature in run.features:
+    entries, sketches = [], {}
+    for number, feature in enumerate(run.features):
         state = run.states.get(feature)
         facts = feature.facts(state) if state is not None else {}
         entries.append({"name": feature.name, "node": feature.node, "facts": facts, "line": feature.line(facts)})
+        sketch = feature.sketch(state, run.clock.steps) if state is not None and ended != "error" else None
+        if sketch is not None:
+            sketches[number] = sketch
     record = {
         "ended": ended,
         "seconds": round(seconds, 4),
@@ -83,7 +101,7 @@ def publish(run, ended: str, ledger: Ledger | None, patches: str, made: Any = No
         "patches": patches,
     }
     if ledger is not None:
-        ledger.add(run.features, record, marks_of(made))
+        ledger.add(run.features, record, marks_of(made), sketches)
     notify(record)
 
 
@@ -94,9 +112,9 @@ def notify(record: dict[str, Any]) -> None:
         server.send_sync(EVENT, record, getattr(server, "client_id", None))
 
 
-def latest_record(model, latent: Any = None) -> dict[str, Any]:
-    """The record of the run on this MODEL that made this latent, of the last run without one. ValueError where there is
-    none to report."""
+def latest_record(model, latent: Any = None, masks: bool = False) -> dict[str, Any]:
+    """The record of the run on this MODEL that made this latent, of the last run without one; with masks, where
+    attention was sparse. ValueError where there is none to report."""
     options = model.model_options.get("transformer_options", {})
     features, ledger = options.get("tessera_features", ()), options.get("tessera_ledger")
     if not features or ledger is None:
@@ -106,4 +124,6 @@ def latest_record(model, latent: Any = None) -> dict[str, Any]:
         raise ValueError(
             "Run Report found no finished run on this MODEL; connect the latent of the sampler that uses it."
         )
+    if masks:
+        ledger.draw(record)
     return record

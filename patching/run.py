@@ -14,6 +14,7 @@ from comfy.patcher_extension import WrappersMP
 
 from .. import archs
 from .clock import Clock, expected_evaluations
+from .pictures import Sketch
 from .report import Ledger, publish
 
 log = logging.getLogger("tessera")
@@ -42,6 +43,10 @@ class Feature:
     def facts(self, state: Any) -> dict[str, Any]:
         """Numbers about the finished run, JSON-ready."""
         return {}
+
+    def sketch(self, state: Any, steps: int) -> Sketch | None:
+        """What draws the mask of the finished run of so many steps, for a report that asks."""
+        return None
 
     def held_bytes(self, run: "Run", noise_shape: tuple[int, ...], conds: dict[str, Any]) -> int:
         """Bytes that it will hold on the model's device in this run, for core's memory estimate."""

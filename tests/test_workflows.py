@@ -44,8 +44,8 @@ def test_canvas_file_is_sound(path):
 # What a run draws, measured in Chromium with both renderers: the width of a panel, and the height that a node gains
 # from reports with every part that they can have.
 PANEL = 380
-DRAWN = {"TesseraCompare": 662, "TesseraRunReport": 236, "TesseraTaylorCache": 49, "TesseraLocalWindowAttention": 49,
-         "SaveImage": 206, "SaveAnimatedWEBP": 222}  # fmt: skip
+DRAWN = {"TesseraCompare": 662, "TesseraRunReport": 471, "TesseraAttentionProbe": 418, "TesseraTaylorCache": 49,
+         "TesseraLocalWindowAttention": 49, "SaveImage": 206, "SaveAnimatedWEBP": 222}  # fmt: skip
 TITLE = 30
 
 

@@ -1,6 +1,7 @@
-/** One node's part of a report: its line, its decisions, its facts to unfold. */
+/** One node's part of a report: its line, its decisions, its mask, its facts to unfold. */
 
 import { bytes, digits, el, list, number, object, percent, text } from "./dom.mjs?v=0.1.0";
+import { maskPicture } from "./mask.mjs?v=0.1.0";
 import { decisionStrip, meter } from "./strip.mjs?v=0.1.0";
 
 /**
@@ -9,7 +10,7 @@ import { decisionStrip, meter } from "./strip.mjs?v=0.1.0";
  * @returns {HTMLElement}
  */
 export function featureBlock(feature) {
-  const { name, node, line } = object(feature);
+  const { name, node, line, mask } = object(feature);
   const facts = object(object(feature).facts);
   const where = text(node) ? `node ${text(node)}` : "";
   return el(
@@ -21,6 +22,7 @@ export function featureBlock(feature) {
     number(facts.pairs_fraction) === null
       ? null
       : meter(facts.pairs_fraction, `${percent(facts.pairs_fraction)} of the attention pairs were computed`),
+    maskPicture(mask),
     factsTable(facts),
   );
 }

@@ -1,8 +1,9 @@
-/** The panels of Run Report, Compare and Attention Probe. Whatever a newer server adds is passed over; what an older one lacks is left out. */
+/** The panels of Run Report and Compare; probe.mjs has Attention Probe's. Whatever a newer server adds is passed over; what an older one lacks is left out. */
 
 import { bytes, digits, el, list, number, object, percent, seconds, text } from "./dom.mjs?v=0.1.0";
 import { featureBlock } from "./feature.mjs?v=0.1.0";
 import { ended } from "./line.mjs?v=0.1.0";
+import { probeBody, probeHeadline } from "./probe.mjs?v=0.1.0";
 import { errorCurve } from "./strip.mjs?v=0.1.0";
 
 /**
@@ -144,30 +145,6 @@ function spread(value) {
 function blocksOf(side) {
   const [done, all] = [number(side.blocks_computed), number(side.blocks_total)];
   return done === null || all === null ? "" : `${digits(done)} of ${digits(all)} blocks computed`;
-}
-
-/** "density 0.25 keeps 0.912 of the attention mass". @returns {string} */
-function probeHeadline(report) {
-  return text(list(report.lines)[0]) || "Attention Probe";
-}
-
-function probeBody(report) {
-  const lines = list(report.lines).slice(1).map(text).filter(Boolean);
-  const rungs = list(report.ladder).map(object).filter((rung) => number(rung.recall) !== null);
-  const steps = [...new Map(rungs.map((rung) => [rung.value, rung])).values()];
-  const name = text(report.setting) || "density";
-  const rows = steps.map((rung) => el("tr", {}, el("th", { scope: "row" }, digits(rung.value)), el("td", {}, percent(rung.recall))));
-  const head = el("tr", {}, el("th", { scope: "col" }, name), el("th", { scope: "col" }, "Attention kept"));
-  const how = [
-    text(report.pattern),
-    counted(report.tokens, "image token"),
-    counted(list(report.steps).length, "measured step"),
-  ];
-  return [
-    ...lines.map((line) => el("div", {}, line)),
-    rows.length ? el("table", { class: "tessera-compare" }, el("thead", {}, head), el("tbody", {}, ...rows)) : null,
-    el("div", { class: "tessera-dim" }, how.filter(Boolean).join(" · ")),
-  ];
 }
 
 function notes(report) {

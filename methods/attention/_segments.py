@@ -21,6 +21,7 @@ from ...kernels.attention.gather import attend as attend_chunks
 from ...kernels.attention.reorder import inverse
 from ._block_map import lists
 from .call import Answer, AttentionCall, Decline
+from .picture import Picture, segment_shares
 
 FREE = -1
 HELD_BYTES = 256 << 20  # token numbers that a plan keeps between calls on a CPU; more are made anew for each call
@@ -208,4 +209,5 @@ def serve(
         raise Decline(dense)
     out = attend(plan, q, call.k, call.v, call.scale, bias)
     rows = q.shape[0] * q.shape[1]
-    return Answer(out, rows * plan.computed, rows * plan.dense_pairs)
+    picture = lambda: Picture(lambda: segment_shares(labels(layout, image(layout.grid), text)))  # noqa: E731
+    return Answer(out, rows * plan.computed, rows * plan.dense_pairs, picture)

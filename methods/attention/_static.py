@@ -11,8 +11,9 @@ from ...kernels.attention.block_sparse import block_sparse, full_lists
 from ...kernels.attention.dual_softmax import dual_softmax
 from ...kernels.attention.gather import Chunk, Lists, Rule
 from ...kernels.attention.reorder import compact_order, coordinates, inverse
-from ._block_map import block_map, lists
+from ._block_map import Inside, block_map, lists
 from ._gathered import default_block, gathered
+from .picture import rule_shares
 
 FRAMES_LAST = (1e-6, 1.0, 1.0)  # where the pattern is the same in all frames, a block is a few places of many frames
 PATTERNS = ("band_per_frame", "band", "circle", "frame_tile")
@@ -98,12 +99,7 @@ def build(
         return StaticPlan(*whole_grid)
     order = _order(layout, pattern, coords, block)
     coords = coords[order]
-
-    def inside(dt: torch.Tensor, dy: torch.Tensor, dx: torch.Tensor) -> torch.Tensor:
-        near = dy * dy + dx * dx < radius**2 if rule == "circle" else dx <= radius
-        return near & (dt <= reach)
-
-    some, whole = block_map(coords, inside, block)
+    some, whole = block_map(coords, _inside(rule, radius, reach), block)
     if bool(whole.all()):
         return StaticPlan(*whole_grid)
     lengths = [torch.full((n,), size) for n, size in zip(some.shape, block, strict=True)]
@@ -114,6 +110,21 @@ def build(
     tensors = (x.to(device) for x in (order, inverse(order), coords, idx, cnt, mode))
     counts = int((some * area).sum()), int(((some & ~whole) * area).sum())
     return StaticPlan(layout, rule, radius, reach, block, False, *counts, *tensors)
+
+
+def _inside(rule: str, radius: int, reach: int) -> Inside:
+    def inside(dt: torch.Tensor, dy: torch.Tensor, dx: torch.Tensor) -> torch.Tensor:
+        near = dy * dy + dx * dx < radius**2 if rule == "circle" else dx <= radius
+        return near & (dt <= reach)
+
+    return inside
+
+
+def shares(layout: Layout, pattern: str, density: float) -> torch.Tensor:
+    """The pattern as a picture [R, C], tokens in sequence order."""
+    coords = torch.full((layout.total, 3), -1, dtype=torch.int32)
+    coords[layout.image], rule, radius, reach = places(pattern, layout.grid, density)
+    return rule_shares(coords, _inside(rule, radius, reach))
 
 
 def _order(layout: Layout, pattern: str, coords: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:

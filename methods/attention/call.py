@@ -1,11 +1,13 @@
 """What an attention method sees and answers."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
 
 from ...archs import Kind, Layout
+from .picture import Picture
 
 
 class Decline(Exception):
@@ -59,11 +61,13 @@ class AttentionCall:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a method computed: out [B, H, N, D], and query-key pairs summed over rows and heads."""
+    """What a method computed: out [B, H, N, D], and query-key pairs summed over rows and heads. picture: draws the mask
+    of this call; asked at once or never, and only of few calls."""
 
     out: torch.Tensor
     pairs: float
     dense_pairs: float
+    picture: Callable[[], Picture] | None = None
 
 
 class AttentionMethod(Protocol):

@@ -28,6 +28,7 @@ from ._block_map import block_map, lists
 from ._gathered import default_block, gathered
 from ._pooled_keys import pool, pooled_bias, sizes
 from .call import Answer, AttentionCall, Decline
+from .picture import WHOLE_BLOCKS, Picture, rule_shares
 
 METRICS = ("circle", "square")
 COUNTS = ("auto", "one", "all")  # what a pooled key counts as; auto: one with trained patch weights, else all tokens
@@ -145,6 +146,13 @@ def build(
     return WindowPlan(layout, window, block, False, pairs, *sums, **tensors)
 
 
+def places(layout: Layout) -> torch.Tensor:
+    """int32 [N, 3]: (t, y, x) of every token in sequence order, t = -1 where it is not of the image."""
+    coords = torch.full((layout.total, 3), -1, dtype=torch.int32)
+    coords[layout.image] = coordinates(layout.grid).int()
+    return coords
+
+
 @dataclass(frozen=True)
 class Pooling:
     """How the keys of a plan with a down factor are pooled: `weight` [f, f] of the places in a patch, None: their mean;
@@ -251,7 +259,14 @@ class LocalWindow:
         weight = self._patch_weight(state, call)
         every = self.counts_as == "all" or (self.counts_as == "auto" and weight is None)
         out = attend(plan, q, call.k, call.v, call.scale * factor, bias, Pooling(weight, every))
-        return Answer(out, rows * plan.computed, rows * plan.dense_pairs)
+        return Answer(out, rows * plan.computed, rows * plan.dense_pairs, lambda: self.picture(layout))
+
+    def picture(self, layout: Layout) -> Picture:
+        window = Window(self.radius, self.metric, self.temporal_radius)
+        note = WHOLE_BLOCKS
+        if self.down_factor > 1:
+            note += " Pooled keys, which every image query sees besides, are not drawn."
+        return Picture(lambda: rule_shares(places(layout), window.inside), note=note)
 
     def _patch_weight(self, state: dict[Any, Any], call: AttentionCall) -> torch.Tensor | None:
         """What loaded CLEAR weights say about this block's patches, fp32 [f, f], if anything."""

@@ -24,9 +24,11 @@ from ...archs import Grid, Layout
 from ...kernels.attention._hierarchical_lists import Pyramid
 from ...kernels.attention.block_sparse import block_sparse, full_lists
 from ...kernels.attention.gather import like
-from ...kernels.attention.hierarchical_sparse import default_levels, keys_seen, log_linear_attention
+from ...kernels.attention.hierarchical_sparse import default_levels, keys_seen, log_linear_attention, pooled
 from ...kernels.attention.reorder import compact_order, inverse, zorder
+from ...kernels.attention.topk import hierarchical
 from .call import Answer, AttentionCall, Decline
+from .picture import AS_GIVEN, PATCHES, Picture, listed_shares
 
 ORDERS = ("tile3d", "tile2d", "zorder", "none")
 TEXT_BLOCK = 64  # tokens, of the lists of the text part
@@ -152,7 +154,20 @@ class LogLinearSparse:
         bias = _key_bias(state, call)
         rows = q.shape[0] * q.shape[1]
         out = self.compute(plan, q, call.k, call.v, call.scale, bias)
-        return Answer(out, rows * plan.pairs, rows * plan.dense_pairs)
+        picture = lambda: self.picture(plan, q[:1, :1], call.k[:1, :1])  # noqa: E731
+        return Answer(out, rows * plan.pairs, rows * plan.dense_pairs, picture)
+
+    def picture(self, plan: SparsePlan, q: torch.Tensor, k: torch.Tensor) -> Picture:
+        """q, k [1, 1, N, D]: chooses their patches once more."""
+        pyramid, (n, others) = plan.pyramid, (plan.pyramid.sizes[1], plan.layout.others)
+        idx, cnt = hierarchical(*(pooled(plan.ordered(x), pyramid) for x in (q, k)), self.block, plan.topk)
+        at = pyramid.at(1)
+        held = torch.arange(idx.shape[3], device=q.device) < cnt[0, 0, at, None]
+        to = idx[0, 0, at].long().masked_fill(~held, n)
+        listed = torch.zeros(n, n + 1, device=q.device).scatter_(1, to, 1.0)[:, :n]
+        order = PATCHES if plan.order is not None else "image tokens, then all others" if others else AS_GIVEN
+        note = "Means of patches, which every image query sees besides, are not drawn." if self.enrich else ""
+        return Picture(listed_shares(listed, plan.image, others, (self.block, self.block)), "head 0", order, note)
 
     def compute(
         self,

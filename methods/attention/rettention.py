@@ -19,6 +19,7 @@ from ...archs import Layout
 from ...kernels._triton import gathers
 from . import _static
 from .call import Answer, AttentionCall, Decline
+from .picture import WHOLE_BLOCKS, Picture
 
 UNUSED = 2  # served steps after which a stream that did not come back is forgotten: context windows may move each step
 
@@ -121,11 +122,16 @@ class Rettention:
         fits = q.shape[0] // len(keys), *q.shape[1:], q.dtype, q.device
         if len(kept) == len(names) and all(entry.plan is plan and entry.fits == fits for entry in kept):
             out = self._reuse(state, call, plan, kept, bias)
-            return Answer(out, rows * plan.computed, rows * plan.dense_pairs)
+            return Answer(out, rows * plan.computed, rows * plan.dense_pairs, lambda: self.picture(layout))
         out = self._refresh(state, call, plan, dict.fromkeys(names, fits), bias)
         # one pass looks twice at the blocks where the rule decides; two passes look twice at all that is listed
         twice = plan.computed if bias is not None or gathers(q.device) else plan.partly
-        return Answer(out, rows * (plan.dense_pairs + twice), rows * plan.dense_pairs)
+        pairs = rows * (plan.dense_pairs + twice)
+        return Answer(out, pairs, rows * plan.dense_pairs, lambda: self.picture(layout))
+
+    def picture(self, layout: Layout) -> Picture:
+        note = f"The pattern of a reuse; a refresh computes all pairs. {WHOLE_BLOCKS}"
+        return Picture(lambda: _static.shares(layout, self.pattern, self.density), note=note)
 
     def typical(self, state: State, call: AttentionCall) -> bool:
         """Whether this call will be a reuse: those are the ones that shall be faster than dense attention."""

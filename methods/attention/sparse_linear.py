@@ -26,6 +26,7 @@ from ...kernels.attention.reorder import compact_order, inverse
 from ...kernels.attention.topk import topk
 from ._linear_branch import FEATURE_MAPS, linear_all, linear_rest
 from .call import Answer, AttentionCall, Decline
+from .picture import AS_GIVEN, PATCHES, Picture, listed_shares
 from .sparse_linear_weights import Projections
 
 VARIANTS = ("main", "sla1", "paper")
@@ -177,7 +178,18 @@ class SparseLinear:
             added = F.linear(self.linear(plan, rows, blocks), *projection)
         out = self.sparse(plan, rows, blocks, call.scale, added)
         heads = call.q.shape[0] * call.q.shape[1]
-        return Answer(self.placed(plan, call, out, bias), heads * plan.computed, heads * float(plan.layout.total**2))
+        pairs, dense = heads * plan.computed, heads * float(plan.layout.total**2)
+        return Answer(self.placed(plan, call, out, bias), pairs, dense, lambda: self.picture(plan, blocks))
+
+    def picture(self, plan: BlockPlan, blocks: "Blocks") -> Picture:
+        """Of the first row of the batch."""
+        idx = blocks.idx[0, :, :, : plan.keep].long()
+        listed = torch.zeros(*idx.shape[:2], plan.ranked, dtype=torch.bool, device=idx.device).scatter_(2, idx, True)
+        shares = listed_shares(listed.float().mean(0), plan.image, len(plan.others), plan.block)
+        order = (
+            AS_GIVEN if plan.order is None else PATCHES if self.order == "tiles" else "image tokens, then all others"
+        )
+        return Picture(shares, f"mean of {len(idx)} heads" if len(idx) > 1 else "one head", order)
 
     @property
     def asks(self) -> float | None:

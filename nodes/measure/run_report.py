@@ -11,8 +11,16 @@ class RunReport(io.ComfyNode):
             display_name="Run Report",
             category="Tessera/measure",
             description="What the Tessera nodes on a MODEL did in the run that made this latent: steps and blocks "
-            "skipped, attention pairs computed, bytes held, what was declined and why.",
-            search_aliases=["stats", "cache hits", "skipped steps", "benchmark", "debug"],
+            "skipped, attention pairs computed, the masks of sparse attention, bytes held, what was declined and why.",
+            search_aliases=[
+                "stats",
+                "cache hits",
+                "skipped steps",
+                "benchmark",
+                "debug",
+                "sparse mask",
+                "attention map",
+            ],
             is_output_node=True,
             inputs=[
                 io.Model.Input("model", tooltip="The MODEL that the sampler used, after the last Tessera node."),
@@ -30,5 +38,5 @@ class RunReport(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, latent):
-        record = latest_record(model, latent["samples"])
+        record = latest_record(model, latent["samples"], masks=True)
         return io.NodeOutput(latent, record, ui={"tessera_report": [record]})

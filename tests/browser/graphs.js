@@ -36,6 +36,18 @@ window.tesseraTest = (() => {
     return branch(made, made.cache, seed, 80);
   };
 
+  /** The same with Local Window Attention in place of the cache; 3 steps. Returns the node ids. */
+  const sparse = (seed) => {
+    app.graph.clear();
+    const made = inputs();
+    made.latent.widgets.forEach((w) => ["width", "height"].includes(w.name) && (w.value = 256));
+    app.graph.remove(made.cache);
+    const attention = add("TesseraLocalWindowAttention", [360, 80], { radius: 4, min_tokens: 0 });
+    const ids = branch(made, attention, seed, 80);
+    app.graph.getNodeById(ids.sampler).widgets.find((w) => w.name === "steps").value = 3;
+    return { window: ids.cache, report: ids.report };
+  };
+
   /** Two such branches from one loader, their Taylor Caches alike. Returns the node ids of both. */
   const twins = (seed, interval) => {
     app.graph.clear();
@@ -118,5 +130,5 @@ window.tesseraTest = (() => {
       return [...(node.imgs ?? []), ...inside, ...widgets].some((img) => img.complete && img.naturalWidth);
     });
 
-  return { executed, overview, boxes, pictured, sampling, twins, comparison, record, panel, show };
+  return { executed, overview, boxes, pictured, sampling, sparse, twins, comparison, record, panel, show };
 })();

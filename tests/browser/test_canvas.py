@@ -4,26 +4,23 @@ import re
 from collections import Counter
 
 import pytest
+from browser_helper import HOSTILE, assert_inside_its_node, newest_outputs, texts
 
 pytestmark = [pytest.mark.browser, pytest.mark.server]
 
 EVALUATIONS = 8  # of graphs.js' sampling graph
-HOSTILE = "<img src=x onerror='window.broken = 1'><script>window.broken = 1</script>"
 
 
 def our_nodes(server):
     return {k: v for k, v in server.get("/object_info").items() if v["python_module"] == "custom_nodes.tessera"}
 
 
-def texts(panel, selector):
-    return panel.evaluate("(e, s) => [...e.querySelectorAll(s)].map(x => x.textContent)", selector)
-
-
 def test_the_extension_loads_once_and_completely(canvas):
     ours = [(re.sub(r"\?.*", "", url.split("/extensions/")[1]), status) for url, status in canvas.requests
             if "/extensions/tessera/" in url]  # fmt: skip
     assert Counter(ours).most_common(1)[0][1] == 1
-    files = {"tessera.js", "tessera.css", "dom.mjs", "strip.mjs", "line.mjs", "feature.mjs", "report.mjs", "widget.mjs"}
+    files = {"tessera.js", "tessera.css", "dom.mjs", "strip.mjs", "line.mjs", "feature.mjs", "report.mjs", "widget.mjs",
+             "mask.mjs", "probe.mjs"}  # fmt: skip
     assert set(ours) == {(f"tessera/{name}", 200) for name in files}
 
 
@@ -78,20 +75,6 @@ def test_a_run_draws_the_line_and_the_report(canvas, server, renderer):
     prompt, nodes = canvas.page.evaluate("async () => [await app.graphToPrompt(), app.graph.serialize().nodes]")
     assert prompt["output"] == before[0]["output"]
     assert [n.get("widgets_values") or [] for n in nodes] == [n.get("widgets_values") or [] for n in before[1]]
-
-
-def newest_outputs(server):
-    return max(server.get("/history").values(), key=lambda entry: entry["prompt"][0])["outputs"]
-
-
-def assert_inside_its_node(canvas, node, panel, renderer):
-    """Nothing is cut off: the panel holds its content, and the node holds the panel."""
-    canvas.page.wait_for_function("e => e.offsetHeight >= e.firstElementChild.offsetHeight", arg=panel)
-    fits = """([id, vue]) => { const node = app.graph.getNodeById(id), e = tesseraTest.panel(id, 'tessera_report');
-        if (!vue) return node.size[1] >= node.widgets.at(-1).y + e.offsetHeight;
-        const outer = document.querySelector(`[data-node-id="${id}"]`).getBoundingClientRect();
-        return outer.bottom >= e.getBoundingClientRect().bottom; }"""
-    canvas.page.wait_for_function(fits, arg=[node, renderer == "vue"])
 
 
 def test_compare_draws_its_panel(canvas, server):

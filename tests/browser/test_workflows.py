@@ -6,13 +6,20 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
+from browser_helper import mask_of, probe_record
 from PIL import Image
 
 pytestmark = [pytest.mark.browser, pytest.mark.server]
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
-PANELS = {"TesseraCompare": 400, "TesseraRunReport": 100}  # pixels by which a report makes its node grow, at the least
+MASKED = {f"Tessera{name}Attention" for name in ("LocalWindow", "SparseLinear", "LogLinearSparse", "Diagonal")}
+MASKED |= {"TesseraAttentionTile", "TesseraWindowAttention3d", "TesseraRettention"}
+PANELS = {
+    "TesseraCompare": 400,
+    "TesseraRunReport": 100,
+    "TesseraAttentionProbe": 400,
+}  # pixels by which a report makes its node grow, at the least
 
 
 def test_templates_are_listed_with_thumbnails(server):
@@ -72,12 +79,16 @@ def outputs_of_a_run(workflow):
     lines = dict.fromkeys(patches, served)
     lines["TesseraTaylorCache"] = "forecast 1017 of 1025 evaluations, held 12288.4 MiB"
     decisions = [{"step": i, "sigma": 1 - i / 25, "kind": "forecast" if i % 5 else "full"} for i in range(25)]
+    caption = "Step 25 of 25, block 56, all heads alike. Rows are queries, columns keys: tokens as the model has them. "
+    caption += "Computed are whole blocks of tokens, wherever they hold one of these pairs. Pooled keys are not drawn."
+    mask = mask_of(96, 96, bytes(96 * 96), caption)
     features = [
         {"name": node["type"], "node": str(node["id"]), "line": lines[node["type"]],
          "facts": {"decisions": decisions, "pairs_fraction": 0.2268}}
         for node in workflow["nodes"] if node["type"] in lines
     ]  # fmt: skip
-    run = {**side("", features), "kind": "run", "seconds": 103.4, "ended": "finished"}
+    masked = [{**entry, "mask": mask} if entry["name"] in MASKED else entry for entry in features]
+    run = {**side("", masked), "kind": "run", "seconds": 103.4, "ended": "finished"}
     notes = ["b gave different latents on repeats with the same seed", "the latent of b has values that are not finite"]
     notes += ["timed 2 times each; 3 repeats or more give a steadier ratio"]
     compare = {"kind": "compare", "a": side("a", []), "b": side("b", features), "speedup": 12.34, "psnr": 128.9189,
@@ -88,6 +99,7 @@ def outputs_of_a_run(workflow):
     made = {
         "TesseraRunReport": {"tessera_report": [run]},
         "TesseraCompare": {"tessera_report": [compare]},
+        "TesseraAttentionProbe": {"tessera_report": [probe_record()]},
         "SaveImage": {"images": [tall, wide, tall, wide]},
         "SaveAnimatedWEBP": {"images": [{**tall, "filename": "tall.webp"}], "animated": [True]},
     }
