@@ -16,8 +16,8 @@ use_comfyui()
 load_pack()
 
 from comfy_api.latest import io
-from tiny_models import sample, tiny
-from tiny_specs import SPECS, Spec
+from tiny_models import build_direct, sample, tiny
+from tiny_specs import HUNYUAN_DIT, SPECS, Spec
 
 from tessera import archs
 from tessera.nodes import discover
@@ -32,6 +32,7 @@ FRAMES, WIDER, LARGE = (
     (4, 2),
     32,
 )  # of a clip at least; times the tiny picture's sides, so that no pattern spans it; sides that are long enough
+MODELS = {**SPECS, "hunyuan_dit": HUNYUAN_DIT}
 Cell = dict[str, Any]  # {"refused": sentence}, or {"served": calls, "declined": {reason: calls}}
 
 
@@ -61,9 +62,15 @@ def defaults(node: type[io.ComfyNode]) -> dict[str, Any]:
 
 
 @functools.cache
+def model_of(name: str) -> Any:
+    """A tiny model of that name, to be patched on a clone."""
+    return build_direct(HUNYUAN_DIT) if name == "hunyuan_dit" else tiny(name)[0]
+
+
+@functools.cache
 def roomy(name: str) -> Spec:
     """The spec of that tiny model with the largest picture that it takes; what has no height and width stays."""
-    spec = SPECS[name]
+    spec = MODELS[name]
     parts = spec.latent if isinstance(spec.latent, list) else [spec.latent]
     first = parts[0]
     small = len(first) >= 4 and (min(first[-2:]) < LARGE or first[1] == 3)  # 3 channels are pixels, 16 a token
@@ -72,7 +79,7 @@ def roomy(name: str) -> Spec:
         wider = (*first[:2], *frames, times * first[-2], times * first[-1])
         larger = replace(spec, latent=[wider, *parts[1:]] if isinstance(spec.latent, list) else wider)
         try:
-            sample(tiny(name)[0], larger, steps=1)
+            sample(model_of(name), larger, steps=1)
         except (AssertionError, RuntimeError, IndexError):  # its table of positions is smaller
             continue
         return larger
@@ -81,7 +88,7 @@ def roomy(name: str) -> Spec:
 
 def cell(node: type[io.ComfyNode], name: str) -> Cell:
     """What this node does on the tiny model of that name."""
-    model, _ = tiny(name)
+    model = model_of(name)
     prepared = node.PREPARE_CLASS_CLONE({"hidden_inputs": {io.Hidden.unique_id: "1"}})
     try:
         given = defaults(node)
@@ -99,7 +106,7 @@ def cell(node: type[io.ComfyNode], name: str) -> Cell:
 
 def families() -> dict[str, str]:
     """Tiny model: name of its family."""
-    return {name: archs.find(tiny(name)[0].model.diffusion_model).name for name in SPECS}
+    return {name: archs.find(model_of(name).model.diffusion_model).name for name in MODELS}
 
 
 def word(value: Cell) -> str:
@@ -139,9 +146,9 @@ def main() -> None:
     nodes = {node.GET_SCHEMA().display_name: node for node in attention_nodes()}
     for title, node in nodes.items():
         if title not in cells or not args.only or re.search(args.only, title, re.IGNORECASE):
-            cells[title] = {name: cell(node, name) for name in SPECS}
+            cells[title] = {name: cell(node, name) for name in MODELS}
             print(
-                f"{title}: {sum('served' in c for c in cells[title].values())} of {len(SPECS)} tiny models", flush=True
+                f"{title}: {sum('served' in c for c in cells[title].values())} of {len(MODELS)} tiny models", flush=True
             )
     cells = {title: cells[title] for title in nodes}
     LOCK.write_text(json.dumps(cells, indent=1) + "\n")

@@ -247,3 +247,12 @@ SPECS: dict[str, Spec] = {
             extra_per_block_abs_pos_emb_type="learnable"),
         latent=(1, 16, 2, 8, 8), context=(1, 10, 1024), direct="CosmosT2V"),
 }
+
+# of no loader's detection that holds at this size
+HUNYUAN_DIT = Spec(
+    "hydit.models:HunYuanDiT",
+    {"hidden_size": 64, "depth": 4, "num_heads": 2, "text_states_dim": 48, "text_states_dim_t5": 64, "text_len": 6,
+     "text_len_t5": 8},
+    latent=(1, 4, 8, 12), context=(1, 6, 48), direct="HunyuanDiT1",
+    ones={"attention_mask": (1, 6), "attention_mask_mt5xl": (1, 8)}, randoms={"conditioning_mt5xl": (1, 8, 64)},
+)  # fmt: skip

@@ -91,7 +91,9 @@ class AttentionFeature(Feature):
         count = len(stack)
         beyond = sorted(n for n in self.blocks or () if n >= count)
         if beyond:
-            raise ValueError(f"blocks: this {arch.name} has blocks 0 to {count - 1}, there is no block {beyond[0]}.")
+            raise ValueError(
+                f"blocks: this {arch.name} has blocks 0 to {count - 1}, there is no block {beyond[0]}. Name blocks that it has."
+            )
         if count and sum(self.dense_blocks) >= count:
             first, last = self.dense_blocks
             raise ValueError(

@@ -79,7 +79,8 @@ def parse_blocks(text: str) -> frozenset[int] | None:
         match = re.fullmatch(r"\s*(\d{1,4})\s*(?:-\s*(\d{1,4})\s*)?", part)
         if not match or int(match[2] or match[1]) < int(match[1]):
             raise ValueError(
-                f'blocks: cannot read {part.strip()!r}. Write numbers and ranges like "2-18,25", or "all".'
+                f"blocks: cannot read {part.strip() or 'a comma with nothing beside it'!r}. Write block numbers from 0 to 9999 and "
+                'ranges like "2-18,25", or "all".'
             )
         numbers |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
     return frozenset(numbers)

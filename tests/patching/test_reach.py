@@ -5,19 +5,12 @@ import torch
 from attention_helper import Exact, Foreign, Nothing, Refuses, plan
 from nodes_helper import Job, error, facts, model_of
 from tiny_models import build_direct
-from tiny_specs import Spec
+from tiny_specs import HUNYUAN_DIT
 
 from tessera import archs
 from tessera.patching.blocks import positions
 from tessera.patching.reach import ReachedForward
 
-HUNYUAN_DIT = Spec(
-    "hydit.models:HunYuanDiT",
-    {"hidden_size": 64, "depth": 4, "num_heads": 2, "text_states_dim": 48, "text_states_dim_t5": 64, "text_len": 6,
-     "text_len_t5": 8},
-    latent=(1, 4, 8, 12), context=(1, 6, 48), direct="HunyuanDiT1",
-    ones={"attention_mask": (1, 6), "attention_mask_mt5xl": (1, 8)}, randoms={"conditioning_mt5xl": (1, 8, 64)},
-)  # fmt: skip
 NAMES = ["pixart", "ernie", "hunyuan_dit"]
 
 
