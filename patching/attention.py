@@ -11,7 +11,7 @@ from typing import Any
 
 from .. import archs
 from ..methods.attention.call import Answer, AttentionCall, AttentionMethod, Decline
-from . import prewarm
+from . import prewarm, rivals
 from .blocks import BlockPosition, eager, positions
 from .memory import grid_of, stream_elements
 from .pictures import Drawing, Sketch
@@ -132,11 +132,14 @@ class AttentionFeature(Feature):
     def sketch(self, state: PlanState, steps: int) -> Sketch | None:
         return state.drawing.sketch(steps)
 
+    def bypassed(self, run, facts: dict[str, Any]) -> str:
+        return "" if self.inactive or facts["calls"] else rivals.sentence(run, self)
+
     def line(self, facts: dict[str, Any]) -> str:
         if self.inactive:
             return self.inactive
         if not facts or not facts["calls"]:
-            return "no image self-attention reached this node"
+            return (facts or {}).get("bypassed") or "no image self-attention reached this node"
         declined = "".join(f"; {n} declined: {why}" for why, n in facts["declined"].items())
         own = getattr(self.method, "line", None)
         told = f"; {own(facts)}" if own is not None and facts["served"] else ""
@@ -165,19 +168,31 @@ class AttentionFeature(Feature):
         return f"fewer than {self.min_tokens} image tokens" if tokens < self.min_tokens else None
 
 
+def _plans(forward) -> list[AttentionFeature]:
+    return [f for f in reversed(forward.run.acting) if isinstance(f, AttentionFeature)]
+
+
 def install(forward, options: dict[str, Any]) -> None:
     """Puts the dispatcher into this call's options; what it finds there becomes the fallback."""
-    plans = [f for f in reversed(forward.run.acting) if isinstance(f, AttentionFeature)]
-    arch = forward.run.arch
+    plans, arch = _plans(forward), forward.run.arch
     if not plans or arch is None:
         return
     if arch.override:
-        options[OVERRIDE] = eager(_dispatcher(forward, plans, options.get(OVERRIDE)), options)
+        forward.override = options[OVERRIDE] = eager(_dispatcher(forward, plans, options.get(OVERRIDE)), options)
         if arch.rotates and any(getattr(plan.method, "wants_rotation", False) for plan in plans):
             patches = options.get("patches", {})
             options["patches"] = {**patches, "attn1_patch": [*patches.get("attn1_patch", ()), _rotation(forward)]}
     elif arch.reached:
         forward.dispatch = eager(_dispatcher(forward, plans, None), options)
+
+
+def above(forward, options: dict[str, Any]) -> dict[str, Any]:
+    """The options with the dispatcher on top of an override that another pack's wrapper has set in this call."""
+    theirs = options.get(OVERRIDE)
+    if forward.override is None or theirs is forward.override:
+        return options
+    forward.override = eager(_dispatcher(forward, _plans(forward), theirs), options)
+    return {**options, OVERRIDE: forward.override}
 
 
 def _rotation(forward):
@@ -192,7 +207,10 @@ def _dispatcher(forward, plans: list[AttentionFeature], earlier: Callable | None
     stack = {(b.spec.replace or b.spec.path, b.index): b for b in positions(forward.run.arch, forward.diffusion_model)}
 
     def dispatch(func, *args, **kwargs):
-        rest = (lambda: func(*args, **kwargs)) if earlier is None else (lambda: earlier(func, *args, **kwargs))
+        rest = functools.partial(_rest, forward, earlier, func, *args, **kwargs)
+        forward.asked = True
+        if forward.passed_on:  # the other pack's override asks in its turn what it found: us
+            return rest()
         if kwargs.get("low_precision_attention") is False and _block(forward, stack, options_of(kwargs)) is not None:
             for plan in plans:
                 forward.run.states[plan].declined["the model asks for exact attention"] += 1
@@ -225,6 +243,17 @@ def _dispatcher(forward, plans: list[AttentionFeature], earlier: Callable | None
     return dispatch
 
 
+def _rest(forward, earlier: Callable | None, func, *args, **kwargs):
+    """What a call gets that no plan answers."""
+    if earlier is None:
+        return func(*args, **kwargs)
+    before, forward.passed_on = forward.passed_on, True
+    try:
+        return earlier(func, *args, **kwargs)
+    finally:
+        forward.passed_on = before
+
+
 def _describe(forward, stack, args, kwargs):
     """(AttentionCall, function that packs [B, H, N, D] as the caller expects), or (None, None) for calls outside the
     residual stack."""
@@ -242,8 +271,7 @@ def _describe(forward, stack, args, kwargs):
         arch = forward.run.arch
         pad = arch.pad(forward.diffusion_model)
         layout = archs.layout_of(arch, grid, kind, q.shape[2], k.shape[2], references, pad)
-    scale = kwargs.get("scale")
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = q.shape[-1] ** -0.5 if kwargs.get("scale") is None else float(kwargs["scale"])
     return AttentionCall(q, k, v, mask, scale, kind, layout, block, forward), pack
 
 
@@ -258,8 +286,7 @@ def _block(forward, stack, options) -> BlockPosition | None:
 
 
 def _references(kwargs) -> int:
-    counts = (kwargs.get("transformer_options") or {}).get("reference_image_num_tokens") or ()
-    return sum(counts)
+    return sum(options_of(kwargs).get("reference_image_num_tokens") or ())
 
 
 def unpack(args, kwargs):
