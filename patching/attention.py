@@ -133,7 +133,7 @@ class AttentionFeature(Feature):
         return state.drawing.sketch(steps)
 
     def bypassed(self, run, facts: dict[str, Any]) -> str:
-        return "" if self.inactive or facts["calls"] else rivals.sentence(run, self)
+        return "" if self.inactive or facts.get("calls", 1) else rivals.sentence(run, self)
 
     def line(self, facts: dict[str, Any]) -> str:
         if self.inactive:
