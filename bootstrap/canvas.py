@@ -1,8 +1,9 @@
 """Graphs in API form -> canvas form, the file that the frontend opens, laid out left to right; and what a canvas file
 says, so that the two can be compared.
 
-API form: {id: {class_type, inputs: {name: value or [id, output]}, _meta: {title, note}}}; a note becomes a note node
-above its node. Canvas form: version 0.4, widget values by position."""
+API form: {id: {class_type, inputs: {name: value or [id, output]}, _meta: {title, note, needs}}}; a note becomes a note
+node above its node. needs: weights that the pack does not carry, [{name, url, directory}], which the frontend offers to
+download. Canvas form: version 0.4, widget values by position."""
 
 import json
 import uuid
@@ -152,6 +153,8 @@ def _node(number: int, node: dict[str, Any], info: dict[str, Any], version: str)
     }  # fmt: skip
     if ours:
         made["properties"]["ver"] = version
+    if needs({"": node}):
+        made["properties"]["models"] = needs({"": node})
     title = node.get("_meta", {}).get("title", info["display_name"])
     return made if title == info["display_name"] else {**made, "title": title}
 
@@ -225,6 +228,16 @@ def to_api(canvas: dict[str, Any]) -> dict[str, Any]:
 def bare(graph: dict[str, Any]) -> dict[str, Any]:
     """A graph in API form without titles and notes, for comparison."""
     return {key: {"class_type": node["class_type"], "inputs": node["inputs"]} for key, node in graph.items()}
+
+
+def needs(graph: dict[str, Any]) -> list[dict[str, str]]:
+    """The weights of a graph in API form that the pack does not carry."""
+    return [weight for node in graph.values() for weight in node.get("_meta", {}).get("needs", [])]
+
+
+def told(canvas: dict[str, Any]) -> list[dict[str, str]]:
+    """The same of a canvas file."""
+    return [weight for node in canvas["nodes"] for weight in node["properties"].get("models", [])]
 
 
 def dump(data: Any) -> str:

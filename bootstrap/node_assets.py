@@ -2,7 +2,8 @@
 
 From a real ComfyUI and workflows/api/NAME.json: workflows/NAME.json for the canvas (kept where one with the same nodes,
 links and values is there), workflows/NAME.jpg, tests/golden/schemas.json and docs/catalogue.md. With names, only these
-workflows are run; of a workflow, only what its first picture needs."""
+workflows are run; of a workflow, only what its first picture needs. One that needs weights which the pack does not carry
+is drawn instead."""
 
 import argparse
 import json
@@ -10,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import tomllib
-from canvas import bare, complete, dump, is_link, to_api, to_canvas
+from canvas import bare, complete, dump, is_link, needs, to_api, to_canvas, told
 from comfy_server import ComfyServer
+from graph_picture import draw
 from pack import ROOT
 from schema_lock import broken, slice_of
-from thumbnail import save_thumbnail
+from thumbnail import QUALITY, save_thumbnail
 
 WORKFLOWS, SCHEMAS, CATALOGUE = ROOT / "workflows", ROOT / "tests/golden/schemas.json", ROOT / "docs/catalogue.md"
 
@@ -24,7 +26,8 @@ def make_canvas(path: Path, info: dict[str, Any], version: str) -> dict[str, Any
     graph = complete(json.loads(path.read_text()), info)
     path.write_text(dump(graph))
     target = WORKFLOWS / path.name
-    if not target.is_file() or to_api(json.loads(target.read_text())) != bare(graph):
+    there = json.loads(target.read_text()) if target.is_file() else None
+    if there is None or to_api(there) != bare(graph) or told(there) != needs(graph):
         target.write_text(dump(to_canvas(path.stem, graph, info, version)))
         print(f"{path.stem}: new canvas file")
     return graph
@@ -86,7 +89,13 @@ def main() -> None:
         CATALOGUE.write_text(catalogue(ours))
         for path in sorted((WORKFLOWS / "api").glob("*.json")):
             graph = make_canvas(path, info, version)
-            if not args.no_run and path.stem in (args.workflow or [path.stem]):
+            if args.no_run or path.stem not in (args.workflow or [path.stem]):
+                continue
+            if needs(graph):
+                canvas = json.loads((WORKFLOWS / path.name).read_text())
+                draw(canvas, info).save(WORKFLOWS / f"{path.stem}.jpg", quality=QUALITY)
+                print(f"{path.stem}: drawn")
+            else:
                 entry = server.run(towards_picture(graph, info))
                 save_thumbnail(server.outputs(entry), WORKFLOWS / f"{path.stem}.jpg")
                 print(f"{path.stem}: ran, thumbnail saved")

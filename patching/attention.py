@@ -11,8 +11,9 @@ from typing import Any
 
 from .. import archs
 from ..methods.attention.call import Answer, AttentionCall, AttentionMethod, Decline
-from . import prewarm
+from . import prewarm, rivals
 from .blocks import BlockPosition, eager, positions
+from .convention import unpack
 from .memory import grid_of, stream_elements
 from .pictures import Drawing, Sketch
 from .run import Feature
@@ -20,7 +21,6 @@ from .sizes import heads_of
 from .work import Work, advice, saving
 
 OVERRIDE = "optimized_attention_override"
-NAMES = ("q", "k", "v", "heads", "mask", "attn_precision", "skip_reshape", "skip_output_reshape")
 
 
 @dataclass
@@ -134,11 +134,14 @@ class AttentionFeature(Feature):
     def sketch(self, state: PlanState, steps: int) -> Sketch | None:
         return state.drawing.sketch(steps)
 
+    def bypassed(self, run, facts: dict[str, Any]) -> str:
+        return "" if self.inactive or facts.get("calls", 1) else rivals.sentence(run, self)
+
     def line(self, facts: dict[str, Any]) -> str:
         if self.inactive:
             return self.inactive
         if not facts or not facts["calls"]:
-            return "no image self-attention reached this node"
+            return (facts or {}).get("bypassed") or "no image self-attention reached this node"
         declined = "".join(f"; {n} declined: {why}" for why, n in facts["declined"].items())
         own = getattr(self.method, "line", None)
         told = f"; {own(facts)}" if own is not None and facts["served"] else ""
@@ -167,19 +170,31 @@ class AttentionFeature(Feature):
         return f"fewer than {self.min_tokens} image tokens" if tokens < self.min_tokens else None
 
 
+def _plans(forward) -> list[AttentionFeature]:
+    return [f for f in reversed(forward.run.acting) if isinstance(f, AttentionFeature)]
+
+
 def install(forward, options: dict[str, Any]) -> None:
     """Puts the dispatcher into this call's options; what it finds there becomes the fallback."""
-    plans = [f for f in reversed(forward.run.acting) if isinstance(f, AttentionFeature)]
-    arch = forward.run.arch
+    plans, arch = _plans(forward), forward.run.arch
     if not plans or arch is None:
         return
     if arch.override:
-        options[OVERRIDE] = eager(_dispatcher(forward, plans, options.get(OVERRIDE)), options)
+        forward.override = options[OVERRIDE] = eager(_dispatcher(forward, plans, options.get(OVERRIDE)), options)
         if arch.rotates and any(getattr(plan.method, "wants_rotation", False) for plan in plans):
             patches = options.get("patches", {})
             options["patches"] = {**patches, "attn1_patch": [*patches.get("attn1_patch", ()), _rotation(forward)]}
     elif arch.reached:
         forward.dispatch = eager(_dispatcher(forward, plans, None), options)
+
+
+def above(forward, options: dict[str, Any]) -> dict[str, Any]:
+    """The options with the dispatcher on top of an override that another pack's wrapper has set in this call."""
+    theirs = options.get(OVERRIDE)
+    if forward.override is None or theirs is forward.override:
+        return options
+    forward.override = eager(_dispatcher(forward, _plans(forward), theirs), options)
+    return {**options, OVERRIDE: forward.override}
 
 
 def _rotation(forward):
@@ -194,7 +209,10 @@ def _dispatcher(forward, plans: list[AttentionFeature], earlier: Callable | None
     stack = {(b.spec.replace or b.spec.path, b.index): b for b in positions(forward.run.arch, forward.diffusion_model)}
 
     def dispatch(func, *args, **kwargs):
-        rest = (lambda: func(*args, **kwargs)) if earlier is None else (lambda: earlier(func, *args, **kwargs))
+        rest = functools.partial(_rest, forward, earlier, func, *args, **kwargs)
+        forward.asked = True
+        if forward.passed_on:  # the other pack's override asks in its turn what it found: us
+            return rest()
         if kwargs.get("low_precision_attention") is False and _block(forward, stack, options_of(kwargs)) is not None:
             for plan in plans:
                 forward.run.states[plan].declined["the model asks for exact attention"] += 1
@@ -227,6 +245,17 @@ def _dispatcher(forward, plans: list[AttentionFeature], earlier: Callable | None
     return dispatch
 
 
+def _rest(forward, earlier: Callable | None, func, *args, **kwargs):
+    """What a call gets that no plan answers."""
+    if earlier is None:
+        return func(*args, **kwargs)
+    before, forward.passed_on = forward.passed_on, True
+    try:
+        return earlier(func, *args, **kwargs)
+    finally:
+        forward.passed_on = before
+
+
 def _describe(forward, stack, args, kwargs):
     """(AttentionCall, function that packs [B, H, N, D] as the caller expects), or (None, None) for calls outside the
     residual stack."""
@@ -244,8 +273,7 @@ def _describe(forward, stack, args, kwargs):
         arch = forward.run.arch
         pad = arch.pad(forward.diffusion_model)
         layout = archs.layout_of(arch, grid, kind, q.shape[2], k.shape[2], references, pad)
-    scale = kwargs.get("scale")
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = q.shape[-1] ** -0.5 if kwargs.get("scale") is None else float(kwargs["scale"])
     return AttentionCall(q, k, v, mask, scale, kind, layout, block, forward), pack
 
 
@@ -260,27 +288,4 @@ def _block(forward, stack, options) -> BlockPosition | None:
 
 
 def _references(kwargs) -> int:
-    counts = (kwargs.get("transformer_options") or {}).get("reference_image_num_tokens") or ()
-    return sum(counts)
-
-
-def unpack(args, kwargs):
-    """Every calling convention of optimized_attention -> q, k, v as [B, H, N, D], the mask as 4-D or None, and the
-    function that packs an output [B, H, N, D] as this caller expects it."""
-    given = dict(zip(NAMES, args, strict=False))
-    given.update({n: kwargs[n] for n in NAMES if n in kwargs})
-    q, k, v, heads = given["q"], given["k"], given["v"], given["heads"]
-    if not given.get("skip_reshape"):
-        batch, dim = q.shape[0], q.shape[-1] // heads
-        q = q.reshape(batch, -1, heads, dim).transpose(1, 2)
-        grouped = k.shape[-1] // dim if kwargs.get("enable_gqa") else heads
-        k, v = (t.reshape(batch, -1, grouped, dim).transpose(1, 2) for t in (k, v))
-    mask = given.get("mask")
-    if mask is not None:
-        mask = mask[None, None] if mask.ndim == 2 else mask[:, None] if mask.ndim == 3 else mask
-    keep = bool(given.get("skip_output_reshape"))
-
-    def pack(out):
-        return out if keep else out.transpose(1, 2).reshape(out.shape[0], out.shape[2], -1)
-
-    return q, k, v, mask, pack
+    return sum(options_of(kwargs).get("reference_image_num_tokens") or ())

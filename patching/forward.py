@@ -38,7 +38,10 @@ class Forward:
     control: Any = None  # residuals of ControlNets for this call, lists by name
     obscured: bool = False  # a condition of this call makes the token layout unknown
     block: Any = None  # the BlockPosition being computed, where hooks tell
-    dispatch: Any = None  # the attention dispatcher, for modules that no override reaches
+    override: Any = None  # the attention dispatcher, where it is ComfyUI's override
+    dispatch: Any = None  # the same, for modules that no override reaches
+    asked: bool = False  # whether attention came to it
+    passed_on: bool = False  # whether it is asking another pack's override
     rotation: Any = None  # the RoPE table that the model told last, where a plan asked for it
     calls: dict[Any, int] = field(default_factory=dict)  # attention calls met, by block
 
@@ -97,6 +100,7 @@ def apply_model(executor, *args, **kwargs):
         run.forwards += 1
         return proceed()
     finally:
+        run.asked += forward.asked
         current_forward.reset(token)
 
 
@@ -105,10 +109,13 @@ def _around(feature, forward, x, sigma, proceed):
 
 
 def diffusion_model(executor, *args, **kwargs):
-    """DIFFUSION_MODEL wrapper, where the architecture has one: sees the tensor after concatenated conditions."""
-    forward = find_options(args, kwargs).get(FORWARD)
+    """DIFFUSION_MODEL wrapper, where the architecture has one: sees the tensor after concatenated conditions, and what other
+    packs' wrappers made of the options."""
+    options = find_options(args, kwargs)
+    forward = options.get(FORWARD)
     if forward is not None:
         forward.see(executor.class_obj, args[0] if args else kwargs.get("x"))
+        args, kwargs = replace_options(args, kwargs, attention.above(forward, options))
     return executor(*args, **kwargs)
 
 

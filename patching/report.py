@@ -1,7 +1,8 @@
 """What leaves a run: numbers only. A live line for each node, and a record that Run Report hands to API users."""
 
+import logging
 import time
-from collections import deque
+from collections import defaultdict, deque
 from threading import Lock
 from typing import Any
 
@@ -10,6 +11,7 @@ from server import PromptServer
 
 from .pictures import Sketch
 
+log = logging.getLogger("tessera")
 EVENT = "tessera.run"
 KEPT = 16  # records a MODEL remembers
 MARKS = 64  # numbers of a latent by which its run is recognised
@@ -81,14 +83,20 @@ def same_latent(a: Marks | None, b: Marks) -> bool:
 def publish(run, ended: str, ledger: Ledger | None, patches: str, made: Any = None) -> None:
     """Collects the facts of every feature, stores the record and tells the canvas. made: the latent that the run gave."""
     seconds = time.perf_counter() - run.started
-    entries, sketches = [], {}
+    entries, sketches, lost = [], {}, defaultdict(list)
     for number, feature in enumerate(run.features):
         state = run.states.get(feature)
         facts = feature.facts(state) if state is not None else {}
+        bypassed = feature.bypassed(run, facts) if facts and ended == "finished" else ""
+        if bypassed:
+            facts["bypassed"] = bypassed
+            lost[bypassed].append(feature.name)
         entries.append({"name": feature.name, "node": feature.node, "facts": facts, "line": feature.line(facts)})
         sketch = feature.sketch(state, run.clock.steps) if state is not None and ended != "error" else None
         if sketch is not None:
             sketches[number] = sketch
+    for sentence, names in lost.items():
+        log.warning("%s: %s", ", ".join(names), sentence)
     record = {
         "ended": ended,
         "seconds": round(seconds, 4),

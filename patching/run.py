@@ -56,6 +56,10 @@ class Feature:
         """One line for the node on the canvas."""
         return ""
 
+    def bypassed(self, run: "Run", facts: dict[str, Any]) -> str:
+        """A sentence where others did, in the finished run, what was this feature's to do: who, and the remedy."""
+        return ""
+
     def conflicts(self, other: "Feature") -> str | None:
         """A sentence where this feature cannot join another one on the same MODEL."""
         return None
@@ -90,6 +94,7 @@ class Run:
     states: dict[Feature, Any] = field(default_factory=dict)
     seen: dict[Any, int] = field(default_factory=dict)  # stream keys met in this evaluation
     forwards: int = 0  # calls of the diffusion model
+    asked: int = 0  # those in which attention came to our dispatcher
     started: float = field(default_factory=time.perf_counter)
     latent_shapes: tuple[tuple[int, ...], ...] = ()  # of several latents that core packs into one row
     sampler: str = ""  # name of the sampler's function, e.g. "sample_euler"

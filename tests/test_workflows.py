@@ -6,7 +6,8 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
-from canvas import NOTE, bare, complete, dump, entries, growth, to_api, to_canvas, widget_values
+from canvas import NOTE, bare, complete, dump, entries, growth, needs, to_api, to_canvas, told, widget_values
+from graph_picture import draw
 from PIL import Image
 from thumbnail import save_thumbnail
 
@@ -27,7 +28,8 @@ def test_every_template_has_its_twin_and_its_thumbnail():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_canvas_and_twin_name_the_same_nodes_links_and_values(path):
-    assert to_api(load(path)) == bare(load(path.parent / "api" / path.name))
+    twin = load(path.parent / "api" / path.name)
+    assert to_api(load(path)) == bare(twin) and told(load(path)) == needs(twin)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
@@ -69,17 +71,23 @@ def test_the_layout_leaves_room_for_what_a_run_draws():
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_two_samplers_of_one_template_agree(path):
     """KSampler and Compare work at the same guidance, and so the pictures of both are of the same quality."""
-    nodes = load(path.parent / "api" / path.name).values()
-    scales = {node["inputs"]["cfg"] for node in nodes if "cfg" in node["inputs"]}
-    assert scales == {3.0 if "video" in path.stem else 2.0}
+    graph = load(path.parent / "api" / path.name)
+    scales = {node["inputs"]["cfg"] for node in graph.values() if "cfg" in node["inputs"]}
+    assert len(scales) == 1 and (needs(graph) or scales == {3.0 if "video" in path.stem else 2.0})
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_template_shows_the_pack_and_runs_anywhere(path):
     graph = load(path.parent / "api" / path.name)
     assert any(node["class_type"].startswith("Tessera") for node in graph.values())
-    models = {node["inputs"]["unet_name"] for node in graph.values() if node["class_type"] == "UNETLoader"}
-    assert models <= {p.name for p in (ROOT / "models").glob("*.safetensors")}, "the pack does not carry this model"
+    values = [value for node in graph.values() for value in node["inputs"].values() if isinstance(value, str)]
+    files = {value for value in values if value.endswith(".safetensors")}
+    carried, offered = {p.name for p in (ROOT / "models").glob("*.safetensors")}, {w["name"] for w in needs(graph)}
+    assert files <= carried | offered, "the pack neither carries this model nor says where it is"
+    assert not offered or files == offered
+    for weight in needs(graph):
+        assert weight["url"].startswith("https://huggingface.co/")
+        assert weight["url"].rpartition("/")[2] == weight["name"].rpartition("/")[2]
     with Image.open(path.with_suffix(".jpg")) as thumbnail:
         assert thumbnail.format == "JPEG" and 256 <= max(thumbnail.size) <= 1024
         assert max(high for _, high in thumbnail.convert("RGB").getextrema()) > 64, "the thumbnail is black"
@@ -151,6 +159,37 @@ def test_canvas_says_what_the_graph_says(graph):
     assert by_id[1]["title"] == "First" and "title" not in by_id[2]
     assert [n["widgets_values"] for n in canvas["nodes"] if n["type"] == NOTE] == [["Says why."]]
     assert [by_id[i]["pos"][0] for i in (1, 2, 7)] == sorted({by_id[i]["pos"][0] for i in (1, 2, 7)})
+
+
+def test_needed_weights_are_offered_by_the_canvas(graph):
+    weight = {"name": "big.safetensors", "url": "https://example.org/big.safetensors", "directory": "loras"}
+    graph["2"]["_meta"] = {"needs": [weight]}
+    canvas = to_canvas("example", graph, INFO, "1.2.3")
+    assert needs(graph) == told(canvas) == [weight] and to_api(canvas) == bare(graph)
+    offering = [node["id"] for node in canvas["nodes"] if "models" in node["properties"]]
+    assert offering == [2], "where the frontend looks for them"
+
+
+def test_a_drawing_shows_every_node_apart(graph):
+    """Our boxes' colour is there only for our nodes; more columns than a row holds go below."""
+    plain = draw(to_canvas("example", graph, INFO, "1.2.3"), INFO)
+    colours = {colour for _, colour in plain.getcolors(1 << 20)}
+    assert (0x4A, 0x4A, 0x4A) in colours and (0x1F, 0x6F, 0x6B) not in colours
+    info = {
+        **INFO,
+        "TesseraPass": {**INFO["Join"], "display_name": "Pass", "output": ["IMAGE"], "output_name": ["image"]},
+    }
+    chain = {"1": graph["1"]}
+    for i in range(2, 8):
+        inputs = {"images.image0": [str(i - 1), 0], "width": 16}
+        chain[str(i)] = {
+            "class_type": "TesseraPass",
+            "inputs": inputs,
+            "_meta": {"title": "A title too long for a box of one column"},
+        }
+    drawn = draw(to_canvas("chain", complete(chain, info), info, "1.2.3"), info)
+    assert (0x1F, 0x6F, 0x6B) in {colour for _, colour in drawn.getcolors(1 << 20)}
+    assert max(drawn.size) <= 1024 and drawn.height > plain.height * drawn.width / plain.width / 2
 
 
 def test_a_changed_value_or_link_is_seen(graph):

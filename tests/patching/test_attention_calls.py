@@ -5,7 +5,7 @@ import torch
 from comfy.ldm.modules.attention import attention_pytorch
 
 from tessera.methods.attention.call import AttentionCall
-from tessera.patching.attention import unpack
+from tessera.patching.convention import unpack
 
 B, H, N, M, D = 2, 4, 6, 9, 8
 

@@ -23,5 +23,6 @@ def harness():
 
 @pytest.fixture(scope="session")
 def server(harness, tmp_path_factory):
-    with harness.ComfyServer(base=tmp_path_factory.mktemp("base")) as running:
+    packs = [Path(__file__).with_name("stand_in_text")]
+    with harness.ComfyServer(base=tmp_path_factory.mktemp("base"), custom_nodes=packs) as running:
         yield running

@@ -4,13 +4,21 @@ import json
 from pathlib import Path
 
 import pytest
-from canvas import bare, complete, to_api, to_canvas
+from canvas import bare, complete, entries, is_link, needs, to_api, to_canvas, told
 from PIL import Image, ImageStat
+from stand_ins import write
+
+import tessera
 
 pytestmark = pytest.mark.server
 
 ROOT = Path(__file__).resolve().parents[2]
 TWINS = sorted((ROOT / "workflows/api").glob("*.json"))
+NEEDING = {  # templates on official weights: width of the stand-in's conditioning, of its pooled vector, and what is told
+    "load_clear_weights": (96, 64, {"Load CLEAR Weights": "radius 16, down_factor 4", "Local Window Attention": "served 8 of 8"}),
+    "load_linfusion": (768, 0, {"Load LinFusion": "self-attention calls linear, in 7 modules"}),
+}  # fmt: skip
+CARRIED = [path for path in TWINS if path.stem not in NEEDING]
 FEW = 2  # sampler steps: enough to run every node, too few for a good picture
 
 
@@ -29,9 +37,13 @@ def info(server):
     return server.get("/object_info")
 
 
-@pytest.mark.parametrize("path", TWINS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", CARRIED, ids=lambda p: p.stem)
 def test_runs_and_shows_pictures(server, path):
     entry = server.run(quick(json.loads(path.read_text())))
+    shows_pictures(server, entry)
+
+
+def shows_pictures(server, entry):
     assert entry["status"]["status_str"] == "success"
     files = [p for p in server.outputs(entry) if p.suffix in (".png", ".webp", ".jpg")]
     assert files
@@ -45,7 +57,55 @@ def test_twin_is_complete_and_converts(info, path):
     """The API file names every widget as the canvas would, and the converter makes a canvas that says the same."""
     graph = json.loads(path.read_text())
     assert complete(graph, info) == graph, "run `make node-assets`"
-    assert to_api(to_canvas(path.stem, graph, info, "0")) == bare(graph)
+    canvas = to_canvas(path.stem, graph, info, "0")
+    assert to_api(canvas) == bare(graph) and told(canvas) == needs(graph)
+
+
+def on_stand_ins(graph, width, pooled):
+    """The graph without text encoders, small, and with windows at any size."""
+    for seed, (key, node) in enumerate(graph.items()):
+        if node["class_type"] == "CLIPTextEncode":
+            graph[key] = {"class_type": "StandInText", "inputs": {"width": width, "pooled": pooled, "seed": seed}}
+        for name, value in (("width", 64), ("height", 96), ("min_tokens", 0)):
+            if name in node["inputs"]:
+                node["inputs"][name] = value
+    return quick({key: node for key, node in graph.items() if node["class_type"] != "DualCLIPLoader"})
+
+
+def mistakes(graph, info):
+    """Links of another type than their input, and choices that are not on the list."""
+    found = []
+    for key, node in graph.items():
+        for entry in entries(info[node["class_type"]]["input"], node["inputs"]):
+            value = node["inputs"].get(entry.name)
+            if is_link(value):
+                kind = info[graph[value[0]]["class_type"]]["output"][value[1]]
+                found += [f"{key}.{entry.name}: {kind}"] * (kind != entry.type)
+            elif entry.type == "COMBO":
+                found += [f"{key}.{entry.name}: {value}"] * (value not in entry.options["options"])
+    return found
+
+
+@pytest.mark.parametrize("name", NEEDING)
+def test_what_needs_official_weights_runs_on_stand_ins(server, name):
+    path = ROOT / f"workflows/api/{name}.json"
+    graph = json.loads(path.read_text())
+    assert len(mistakes(graph, server.get("/object_info"))) == len(needs(graph)), "nothing else is missing"
+    write(needs(graph), server.base / "models", tessera)
+    assert mistakes(graph, server.get("/object_info")) == []
+    width, pooled, lines = NEEDING[name]
+    entry = server.run(on_stand_ins(graph, width, pooled))
+    shows_pictures(server, entry)
+    (report,) = (r for out in entry["outputs"].values() for r in out.get("tessera_report", []))
+    assert all(feature["facts"].get("plain", 0) == 0 for feature in report["features"])
+    told_lines = {feature["name"]: feature["line"] for feature in report["features"]}
+    assert told_lines.keys() == lines.keys()
+    for feature, line in lines.items():
+        assert line in told_lines[feature]
+
+
+def test_every_template_runs_or_names_its_weights():
+    assert {path.stem for path in TWINS if needs(json.loads(path.read_text()))} == NEEDING.keys()
 
 
 def image_graph():

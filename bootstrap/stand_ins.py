@@ -1,0 +1,97 @@
+"""Tiny files under the names of official weights, in their formats: templates that need those run on these in tests.
+The pictures are noise; what is loaded, patched, sampled, decoded and reported is real."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from pack import use_comfyui
+from tiny_models import state_dict
+from tiny_specs import SPECS, Spec
+
+use_comfyui()
+
+from comfy.taesd.taesd import TAESD
+
+FLUX = SPECS["flux"]
+SD15 = Spec(  # what tells Stable Diffusion 1.5 from others is its width, so two levels of one block each keep it small
+    "modules.diffusionmodules.openaimodel:UNetModel",
+    dict(image_size=32, in_channels=4, out_channels=4, model_channels=320, num_res_blocks=[1, 1], channel_mult=[1, 1],
+         num_heads=8, transformer_depth=[1, 1], transformer_depth_output=[1] * 4, transformer_depth_middle=1,
+         context_dim=768, use_spatial_transformer=True, legacy=False, adm_in_channels=None,
+         use_linear_in_transformer=False),
+    latent=(1, 4, 8, 8), context=(1, 6, 768), direct="SD15",
+)  # fmt: skip
+ATTENTIONS = ["down_blocks.0.attentions.0", "down_blocks.1.attentions.0", "mid_block.attentions.0",
+              "up_blocks.0.attentions.0", "up_blocks.0.attentions.1", "up_blocks.1.attentions.0",
+              "up_blocks.1.attentions.1"]  # fmt: skip
+Tensors = dict[str, torch.Tensor]
+
+
+def random(shapes: dict[str, tuple[int, ...]]) -> Tensors:
+    generator = torch.Generator().manual_seed(3)
+    return {k: (torch.randn(s, generator=generator) / s[-1] ** 0.5).bfloat16() for k, s in shapes.items()}
+
+
+def taesd(channels: int, prefix: str = "") -> Tensors:
+    """Core's smallest VAE, which Load VAE and checkpoints take as well; its decoder ends in mid grey, not below black."""
+    weights = {k: v.detach().contiguous() for k, v in TAESD(latent_channels=channels).state_dict().items()}
+    generator = torch.Generator().manual_seed(3)
+    for key, value in weights.items():
+        if value.ndim == 4:
+            weights[key] = torch.randn(value.shape, generator=generator) / value[0].numel() ** 0.5
+        elif key.endswith(".bias"):
+            weights[key] = torch.zeros_like(value)
+    last = [key for key in weights if key.startswith("taesd_decoder") and key.endswith(".bias")][-1]
+    weights[last] = torch.full_like(weights[last], 0.5)
+    return {prefix + key: value for key, value in weights.items()}
+
+
+def sd15() -> Tensors:
+    unet = {f"model.diffusion_model.{k}": v for k, v in state_dict(SD15).items()}
+    return unet | taesd(4, "first_stage_model.")
+
+
+def clear(module: Any, down: int = 4) -> Tensors:
+    """module: the pack's methods.attention.clear_weights."""
+    sizes = [FLUX.arguments[name] for name in ("depth", "depth_single_blocks", "hidden_size")]
+    shapes = module.expected(*sizes)
+    for path, count in zip((module.DOUBLE, module.SINGLE), sizes, strict=False):
+        shapes |= {f"{path}.{i}.{module.PATCH_WEIGHT}": (1, 1, 1, down, 1, down, 1) for i in range(count)}
+    return random(shapes)
+
+
+def linfusion(module: Any, folder: Path) -> Tensors:
+    """Also writes its config.json into the folder. module: the pack's methods.attention.linfusion."""
+    entries = [{"module_name": f"{name}.transformer_blocks.0.attn1", "dim_n": 320, "heads": 8, "projection_mid_dim": None}
+               for name in ATTENTIONS]  # fmt: skip
+    config = json.dumps({"_class_name": "LinFusion", "modules_list": entries})
+    (folder / "config.json").write_text(config)
+    modules = module.modules_of(config)
+    return random({f"{i}.{key}": shape for i, m in enumerate(modules) for key, shape in m.shapes().items()})
+
+
+def write(needs: list[dict[str, str]], models: Path, pack: Any) -> None:
+    """Every file of these needs below a models folder; text encoders only by name. KeyError for one that has no
+    stand-in. pack: the package object."""
+    from importlib import import_module
+
+    methods = f"{pack.__name__}.methods.attention"
+    makers: dict[str, Callable[[Path], Tensors]] = {
+        "flux1-dev.safetensors": lambda _: state_dict(FLUX),
+        "ae.safetensors": lambda _: taesd(16),
+        "clip_l.safetensors": lambda _: {},
+        "t5xxl_fp16.safetensors": lambda _: {},
+        "v1-5-pruned-emaonly.safetensors": lambda _: sd15(),
+        "clear_local_16_down_4.safetensors": lambda _: clear(import_module(f"{methods}.clear_weights")),
+        "LinFusion-1-5/diffusion_pytorch_model.safetensors": lambda folder: linfusion(
+            import_module(f"{methods}.linfusion"), folder
+        ),
+    }
+    for weight in needs:
+        path = models / weight["directory"] / weight["name"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        safetensors.torch.save_file(makers[weight["name"]](path.parent), str(path))
