@@ -25,7 +25,7 @@ SIZES = {"cpu": ((64, 64), (64, 128)), "cuda": ((64, 128), (128, 256))}  # token
 FRAMES = 16  # of a clip of as many tokens, for the method that leaves pictures alone
 SHAPE = {"cpu": (4, 64), "cuda": (24, 128)}  # heads, width
 
-# As the nodes give them by default; the sizes of windows are what the nodes call large pictures' defaults.
+# Each node's defaults, and sparser settings of three of them that much larger pictures are worth.
 METHODS: dict[str, Any] = {
     "Sparse-Linear Attention, topk 0.5": SparseLinear(),
     "Sparse-Linear Attention, topk 0.1": SparseLinear(topk=0.1),
