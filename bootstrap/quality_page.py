@@ -8,7 +8,8 @@ Written by `make attention-quality` on the digit models that this repository car
 on: `digits_flux` (16 x 16 image tokens and 4 of text) and `moving_digits_wan` (8 frames of 4 x 4). Each node acts with
 `min_tokens` 0, else at its defaults, where the row names no inputs. Beside it plain top-k attention computes at least as
 many query-key pairs: for each block of 16 queries the key blocks of 16 whose means score highest, softmax over these
-alone, text always seen, all blocks and steps alike.
+alone, text always seen, all blocks and steps alike. Sparse-Linear Attention chooses among blocks of 64, a quarter of such a
+picture and half of such a clip.
 
 How to read it: **pairs** are those that reach the softmax, of 100 in dense attention, over all image self-attention calls of
 a run, dense steps and blocks included. **computed** is the node's own report on a CPU: where it is more, a list names blocks
@@ -17,8 +18,9 @@ the samples that a classifier of real digits reads as asked, clips: and the shar
 likeness to what the plain model draws from the same noise, 1 is equal. The last column is the difference of both SSIM with
 its 95 % interval over the same samples: above 0 the node is closer to the plain model than plain top-k.
 
-{samples} samples, {curve} of settings in italics, and {steps} steps: so few that one core does it in half an hour, enough for the
-SSIM, too few to tell shares of digits apart by less than a tenth or two (`--samples 400 --curve 100 --steps 25` takes a night).
+{samples} samples, {curve} of settings in italics, and {steps} steps: so few that one core does it in less than half an hour. That is
+enough for the SSIM and too little for shares read right, which are only good to a tenth or two
+(`bootstrap/attention_quality.py --samples 400 --curve 100 --steps 25` takes hours).
 "default, scaled": the default spans such a small picture; the row takes the same part of it as the default of a large one.
 A block of these pictures is a large part of them, so that these numbers say little about how far a large picture drifts.
 """

@@ -1,5 +1,6 @@
 """The baseline and the page of `make attention-quality`."""
 
+import json
 from types import SimpleNamespace
 
 import attention_quality as m
@@ -116,3 +117,10 @@ def test_the_difference_is_of_the_same_samples():
     assert m.difference([0.5, 0.7, 0.9], [0.4, 0.6, 0.8]) == (pytest.approx(0.1), pytest.approx(0, abs=1e-5))
     middle, half = m.difference([1.0, 0.0], [0.0, 0.0])
     assert middle == 0.5 and half == pytest.approx(1.96 * 0.5, abs=1e-4)
+
+
+def test_the_committed_page_is_of_the_committed_record():
+    report = json.loads(m.RECORD.read_text())
+    assert m.PAGE.read_text() == page(report), "run `make attention-quality`"
+    told = [(row["kind"], row["node"], row["inputs"]) for row in report["rows"]]
+    assert told == [(kind, s.node, s.inputs) for kind, settings in SETTINGS.items() for s in settings]
