@@ -7,7 +7,7 @@ PYTEST := $(RUN) -m pytest -n 2 --dist loadfile
 export PYTHONPYCACHEPREFIX := $(CURDIR)/.host/pycache
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test test-all lint aot bench bench-gpu node-assets matrix serve clean
+.PHONY: setup demo test test-all lint aot bench bench-gpu node-assets matrix attention-quality serve clean
 
 setup:
 	@$(PYTHON) bootstrap/setup.py
@@ -40,6 +40,9 @@ node-assets: setup
 
 matrix: setup
 	$(RUN) bootstrap/attention_matrix.py
+
+attention-quality: setup
+	$(RUN) bootstrap/attention_quality.py
 
 serve: setup
 	@$(RUN) bootstrap/serve.py

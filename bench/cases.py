@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import attention_methods
 import operators
 import papers
 import rivals
@@ -56,3 +57,4 @@ def all_cases(device: str) -> Iterator[Case]:
     yield from operators.operator_cases(device)
     yield from papers.cases(device)
     yield from operators.method_cases(device)
+    yield from attention_methods.cases(device)

@@ -10,6 +10,7 @@ can be compared sample by sample."""
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from digits_data import VELOCITY
@@ -72,15 +73,18 @@ def load_model(path: Path):
 
 def patched(model, patch: str):
     """The MODEL after the node that `patch` names. ValueError where the pack has no such node."""
-    if patch == "none":
-        return model
+    return model if patch == "none" else with_node(model, *PATCHES[patch])
+
+
+def with_node(model, node_id: str, inputs: dict[str, Any]):
+    """The MODEL after this node; inputs that are not given are the schema's defaults. ValueError where the pack has no
+    such node."""
     load_pack()
     from tessera.nodes import discover
 
-    node_id, inputs = PATCHES[patch]
     node = next((n for n in discover() if n.GET_SCHEMA().node_id == node_id), None)
     if node is None:
-        raise ValueError(f"This pack has no node {node_id}, which --patch {patch} needs.")
+        raise ValueError(f"This pack has no node {node_id}.")
     given = {i.id: _default(i) for i in node.GET_SCHEMA().inputs if i.id != "model"} | inputs
     return node.PREPARE_CLASS_CLONE(None).execute(model, **given).args[0]
 

@@ -1,6 +1,7 @@
 """The harness, on cases whose outcome is known: no speed-up is given for a wrong result, a missed promise is a failure."""
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
@@ -170,3 +171,20 @@ def test_truths_of_the_operators_agree_with_dense_attention(bench):
 def test_ceilings_are_positive(bench):
     found = sys.modules["ceilings"].ceilings("cpu")
     assert len(found) == 4 and all(value > 0 for value in found.values())
+
+
+def test_every_attention_method_is_called_as_a_model_calls_it(bench):
+    """Each of them serves, sparsely, and again and again; one that remembers is timed at a reuse."""
+    methods = sys.modules["attention_methods"]
+    nodes = {file.stem for file in (BENCH.parent / "nodes/attention").glob("[a-z]*.py")} - {"resonance_yarn_rope"}
+    named = {re.sub(r"[ -]", "_", title.split(", ")[0].lower()) for title in methods.METHODS}
+    assert named == nodes
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 1, 2048, 16) for _ in range(3))
+    for title, method in methods.METHODS.items():
+        grid = (16, 8, 16) if title.startswith("Attention Tile") else (1, 32, 64)
+        attend, share = methods.prepared(method, q, k, v, grid)
+        assert 0 < share < 1, title
+        first, again = attend(), attend()
+        assert first.out.shape == q.shape and bool(first.out.isfinite().all()), title
+        assert again.pairs == first.pairs == share * again.dense_pairs, title
