@@ -62,15 +62,23 @@ def sparse_inputs() -> list[Any]:
             tooltip="Variant paper: share of key blocks of the lowest scores that the linear branch leaves out too, 0 to 0.9."),
         io.Combo.Input("feature_map", options=["softmax", "elu1", "relu"], advanced=True,
             tooltip="Features of the linear branch: softmax over the head (as in SLA), elu + 1, or relu. As the weights were made for."),
-        io.Combo.Input("block_q", options=["64", "128"], advanced=True,
-            tooltip="Queries of a block, tokens. 128 is faster on a GPU, 64 chooses more finely."),
-        io.Combo.Input("block_k", options=["64"], advanced=True, tooltip="Keys of a block, tokens."),
+        io.Combo.Input("block_q", options=["auto", "16", "32", "64", "128"], advanced=True,
+            tooltip="Queries of a block, tokens. Larger is faster on a GPU, smaller chooses more finely. auto: 64 from 4,096 image tokens on, "
+                    "fewer below."),
+        io.Combo.Input("block_k", options=["auto", "16", "32", "64"], advanced=True,
+            tooltip="Keys of a block, tokens, as block_q. Weights work best with the size that they were made for: 64 for TurboWan."),
         io.Boolean.Input("keep_own", default=True, advanced=True,
             tooltip="A block of queries always attends to its own tokens, counted towards topk. Off for TurboWan, which was trained "
                     "without."),
         io.Combo.Input("order", options=list(ORDERS), advanced=True,
-            tooltip="tiles: a block is a compact patch of the picture or clip; rows: consecutive tokens, as TurboWan was trained."),
+            tooltip="tiles: a block is a compact patch of the picture or clip; rows: consecutive tokens, as TurboWan was trained; auto: rows "
+                    "where a block holds a whole row of tokens, else tiles."),
     ]  # fmt: skip
+
+
+def block_size(choice: str) -> int:
+    """Of the inputs block_q and block_k: 0 for auto."""
+    return 0 if choice == "auto" else int(choice)
 
 
 def settings_of(method: SparseLinear) -> dict[str, Any]:

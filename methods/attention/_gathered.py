@@ -11,9 +11,12 @@ from ...kernels.attention.gather import Chunk, Lists, attend, chunks, outputs
 HELD_BYTES = 256 << 20  # masks that a plan keeps between calls; larger ones are made anew for each call
 
 
-def default_block(device: torch.device) -> tuple[int, int]:
-    """(queries, keys): the tile of the GPU kernel; on a CPU many queries and few keys, which follow a pattern closely."""
-    return (128, 16) if gathers(device) else (128, 64)
+def default_block(device: torch.device, tokens: int) -> tuple[int, int]:
+    """(queries, keys): the tile of the GPU kernel; on a CPU few keys and many queries, but fewer in a short sequence, so
+    that lists follow the pattern closely."""
+    if not gathers(device):
+        return 128, 64
+    return min(128, max(16, 1 << max(1, tokens // 32).bit_length() - 1)), 16
 
 
 def gathered(

@@ -89,7 +89,7 @@ def build(
     """The plan of one layout: made on the CPU, then moved to `device`. density: share of the image keys that an image
     query sees, 1 all."""
     device = torch.device(device)
-    block = block or default_block(device)
+    block = block or default_block(device, layout.total)
     total, image = layout.total, layout.image
     at, rule, radius, reach = places(pattern, layout.grid, density)
     coords = torch.full((total, 3), -1, dtype=torch.int32)

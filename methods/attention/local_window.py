@@ -80,7 +80,7 @@ class WindowPlan:
     layout: Layout
     window: Window
     block: tuple[int, int]  # (queries, keys) of a block, tokens
-    dense: bool
+    dense: bool  # the window spans the grid
     pairs: int  # element pairs that the window allows
     block_pairs: int = 0  # listed
     dense_block_pairs: int = 0
@@ -121,12 +121,12 @@ def build(
     for a window that is none."""
     device = torch.device(device)
     window = Window(radius, metric, temporal_radius)
-    block = block or default_block(device)
+    block = block or default_block(device, layout.total)
     down_factor = down_factor if down_factor > 1 else 0
     counts = sizes(layout.grid, down_factor) if down_factor else torch.empty(0)
     total, image = layout.total, layout.image.stop - layout.image.start
     pairs = total**2 - image**2 + window.pairs(layout.grid) + image * len(counts)
-    if window.spans(layout.grid) and not down_factor:
+    if window.spans(layout.grid):  # pooled keys would repeat what every token sees
         return WindowPlan(layout, window, block, True, pairs, computed=total**2)
     reach = (1 / (2 * temporal_radius + 1), 1 / (2 * radius), 1 / (2 * radius))
     compact = compact_order(layout.grid, block, reach)

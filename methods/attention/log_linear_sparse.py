@@ -30,14 +30,16 @@ from ...kernels.attention.topk import hierarchical
 from .call import Answer, AttentionCall, Decline
 from .picture import AS_GIVEN, PATCHES, Picture, listed_shares
 
-ORDERS = ("tile3d", "tile2d", "zorder", "none")
+ORDERS = ("auto", "tile3d", "tile2d", "zorder", "none")
 TEXT_BLOCK = 64  # tokens, of the lists of the text part
 SELECTION_BYTES = 512 << 20  # of the scores by which patches are chosen; more heads take further passes
 
 
 def image_order(grid: Grid, reorder: str, block: int) -> torch.Tensor | None:
     """int64 [T * H * W]: position in the order -> row-major token; None: as it is. tile2d keeps frames apart as far as
-    whole patches go, tile3d cuts patches through time too."""
+    whole patches go, tile3d cuts patches through time too; auto is none where a patch holds a whole row, else tile3d."""
+    if reorder == "auto":
+        reorder = "none" if grid[2] <= block else "tile3d"
     if reorder == "none":
         return None
     if reorder == "zorder":

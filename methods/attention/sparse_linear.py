@@ -13,13 +13,14 @@ and columns of tokens that are not of the image stay dense. Compact blocks of im
 block's own key block, are ours.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 
-from ...archs import Layout
+from ...archs import Grid, Layout
 from ...kernels.attention.block_sparse import block_sparse
 from ...kernels.attention.pool import pool
 from ...kernels.attention.reorder import compact_order, inverse
@@ -30,7 +31,18 @@ from .picture import AS_GIVEN, PATCHES, Picture, listed_shares
 from .sparse_linear_weights import Projections
 
 VARIANTS = ("main", "sla1", "paper")
-ORDERS = ("tiles", "rows")
+ORDERS = ("auto", "tiles", "rows")
+
+
+def auto_block(image: int) -> int:
+    """Tokens of a block for a picture of so many: so that there are about 64 to choose from, 16 to 64. On the digit models
+    (256 tokens) blocks of 16 keep twice as much of the plain picture as blocks of 64."""
+    return min(64, max(16, 1 << math.ceil(math.log2(max(1, image / 64)))))
+
+
+def auto_order(grid: Grid, block: int) -> str:
+    """A block that holds a row of the grid or more is compact as it stands; in wider grids tiles are."""
+    return "rows" if grid[2] <= block else "tiles"
 
 
 @dataclass(frozen=True)
@@ -43,6 +55,7 @@ class BlockPlan:
     block: tuple[int, int]  # (queries, keys) of a block, tokens
     ranked: int  # key blocks to choose from
     keep: int  # of which each query block lists so many
+    tiles: bool  # image tokens are in compact patches
     order: torch.Tensor | None  # int64 [total]; None: as the tokens stand
     back: torch.Tensor | None  # int64 [image], the place of each image token in the order; None: as they stand
     others: torch.Tensor  # int64 [total - image], tokens that are not of the image
@@ -68,6 +81,7 @@ def build(
     """The plan of one layout: made on the CPU, then moved to `device`. topk: share of the key blocks, at least one."""
     total, start, stop = layout.total, layout.image.start, layout.image.stop
     image, (bq, bk) = stop - start, block
+    order = auto_order(layout.grid, bk) if order == "auto" else order
     places = compact_order(layout.grid, block) if order == "tiles" else torch.arange(image)
     others = torch.cat([torch.arange(start), torch.arange(stop, total)])
     sequence = torch.cat([places + start, others])
@@ -81,7 +95,7 @@ def build(
     same = order != "tiles" and start == 0
     tensors = (None if x is None else x.to(device) for x in (
         None if same else sequence, None if same else inverse(places), others, always, own))  # fmt: skip
-    return BlockPlan(layout, image, block, ranked, keep, *tensors)  # type: ignore[arg-type]
+    return BlockPlan(layout, image, block, ranked, keep, order == "tiles", *tensors)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -128,7 +142,8 @@ class State:
 @dataclass(frozen=True)
 class SparseLinear:
     """The method as the dispatcher sees it. topk: share of key blocks, 0..1; negligible: share of them, for `paper`;
-    block_q, block_k: tokens; order: `tiles`, compact patches, or `rows`, as the tokens stand (the official models).
+    block_q, block_k: tokens, 0: auto_block; order: `tiles`, compact patches, `rows`, as the tokens stand (the official
+    models), or auto_order.
     projections None: the sparse part alone."""
 
     topk: float = 0.5
@@ -160,7 +175,9 @@ class SparseLinear:
         layout, device = call.places(), call.q.device
         key = layout.grid, layout.image.start, layout.total, device
         if key not in state.plans:
-            state.plans[key] = build(layout, self.topk, (self.block_q, self.block_k), self.order, device)
+            auto = auto_block(layout.image.stop - layout.image.start)
+            block = self.block_q or auto, self.block_k or auto
+            state.plans[key] = build(layout, self.topk, block, self.order, device)
         if state.plans[key].dense:
             raise Decline("every block is kept")
         return state.plans[key]
@@ -186,9 +203,7 @@ class SparseLinear:
         idx = blocks.idx[0, :, :, : plan.keep].long()
         listed = torch.zeros(*idx.shape[:2], plan.ranked, dtype=torch.bool, device=idx.device).scatter_(2, idx, True)
         shares = listed_shares(listed.float().mean(0), plan.image, len(plan.others), plan.block)
-        order = (
-            AS_GIVEN if plan.order is None else PATCHES if self.order == "tiles" else "image tokens, then all others"
-        )
+        order = AS_GIVEN if plan.order is None else PATCHES if plan.tiles else "image tokens, then all others"
         return Picture(shares, f"mean of {len(idx)} heads" if len(idx) > 1 else "one head", order)
 
     @property

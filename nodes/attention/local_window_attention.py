@@ -25,13 +25,13 @@ class LocalWindowAttention(io.ComfyNode):
                     tooltip="Reach in tokens (16 pixels each on FLUX, Wan and SD3), strictly less than this far. Higher is closer to the plain picture and slower."),
                 io.Combo.Input("metric", options=["circle", "square"],
                     tooltip="Shape of the window: a disc of this radius, or a square of this half side."),
-                io.Int.Input("temporal_radius", default=0, min=0, max=512,
+                io.Int.Input("temporal_radius", default=2, min=0, max=512,
                     tooltip="Video: reach in latent frames before and after the token's own. 0 is the same frame only; higher keeps motion and is slower."),
                 *where_inputs(),
-                io.Int.Input("down_factor", default=0, min=0, max=32, optional=True,
+                io.Int.Input("down_factor", default=4, min=0, max=32, optional=True,
                     tooltip="Side in tokens of the patches whose mean every image token sees too, wherever they are: what keeps a "
                             "small radius from repeating objects. 4 adds a sixteenth of the image's tokens as keys; lower sees the "
-                            "distance more sharply and is slower. 0 or 1 is off."),
+                            "distance more sharply and is slower. 0 or 1 is off. Nothing is pooled where the window spans the picture."),
                 io.Combo.Input("pooled_counts_as", options=list(COUNTS), optional=True, advanced=True,
                     tooltip="How much a patch of down_factor weighs beside single tokens: as one token, which CLEAR's weights are trained for, or as "
                             "all the tokens it stands for, which keeps stock weights much closer to the plain picture. auto looks at the weights."),
@@ -51,7 +51,7 @@ class LocalWindowAttention(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, model, radius, metric, temporal_radius, down_factor=0, pooled_counts_as="auto", proportional=False,
+    def execute(cls, model, radius, metric, temporal_radius, down_factor=4, pooled_counts_as="auto", proportional=False,
                 base_tokens=BASE_TOKENS, ntk_factor=1.0, **shared):  # fmt: skip
         feature = AttentionFeature(
             cls.hidden.unique_id,

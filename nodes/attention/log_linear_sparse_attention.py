@@ -1,6 +1,6 @@
 from comfy_api.latest import io
 
-from ...methods.attention.log_linear_sparse import LogLinearSparse
+from ...methods.attention.log_linear_sparse import ORDERS, LogLinearSparse
 from ...patching.attention import AttentionFeature
 from ...patching.run import attach
 from ...patching.widgets import where, where_inputs
@@ -35,8 +35,8 @@ class LogLinearSparseAttention(io.ComfyNode):
                     tooltip="An average of n tokens counts n times. Off: it counts as one token, and the rest of the picture fades."),
                 io.Boolean.Input("exclude_selected", default=True, advanced=True,
                     tooltip="Leave picked patches out of the averages, so that nothing counts twice. Off is the paper's form, for weights trained with it."),
-                io.Combo.Input("reorder", options=["tile3d", "tile2d", "zorder", "none"], advanced=True,
-                    tooltip="What a patch is: a tile that reaches through frames too, a tile of one frame (the same on a picture), a run of the Z curve, or a run along a row. Any size is cut without gaps."),
+                io.Combo.Input("reorder", options=list(ORDERS), advanced=True,
+                    tooltip="What a patch is. auto: a run along a row where a patch holds a whole row of tokens, else a tile that reaches through frames too. The others: a tile that reaches through frames too, a tile of one frame (the same on a picture), a run of the Z curve, or a run along a row. Any size is cut without gaps."),
                 *where_inputs(),
             ],
             outputs=[io.Model.Output(tooltip="The MODEL with sparse attention. Connect it to the sampler or the next node.")],

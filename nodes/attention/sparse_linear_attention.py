@@ -3,7 +3,7 @@ from comfy_api.latest import io
 
 from ...methods.attention.sparse_linear import SparseLinear
 from ...methods.attention.sparse_linear_weights import read
-from ...patching.sparse_linear import patch, sparse_inputs
+from ...patching.sparse_linear import block_size, patch, sparse_inputs
 from ...patching.widgets import where, where_inputs
 
 CHECKPOINTS = "diffusion_models/"
@@ -42,7 +42,7 @@ class SparseLinearAttention(io.ComfyNode):
     def execute(cls, model, topk, variant, negligible, feature_map, block_q, block_k, keep_own, order, weights,
                 linear_branch, **shared):  # fmt: skip
         projections = None if weights == "none" or not linear_branch else read(path_of(weights))
-        numbers = int(block_q), int(block_k)
+        numbers = block_size(block_q), block_size(block_k)
         method = SparseLinear(topk, variant, negligible, feature_map, *numbers, keep_own, order, projections)
         return io.NodeOutput(patch(model, cls.hidden.unique_id, method, where(**shared)))
 

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from ...methods.attention.sparse_linear import SparseLinear
 from ...methods.attention.sparse_linear_weights import write
 from ...patching.sampling import Job
-from ...patching.sparse_linear import calibrate, patch, sparse_inputs
+from ...patching.sparse_linear import block_size, calibrate, patch, sparse_inputs
 from ...patching.widgets import where, where_inputs
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
@@ -62,7 +62,7 @@ class CalibrateSparseLinearAttention(io.ComfyNode):
                 feature_map, block_q, block_k, keep_own, order, captures, ridge, filename, verify, **shared):  # fmt: skip
         folder = Path(folder_paths.get_folder_paths("model_patches")[0])
         check_name(filename)
-        numbers = int(block_q), int(block_k)
+        numbers = block_size(block_q), block_size(block_k)
         method = SparseLinear(topk, variant, negligible, feature_map, *numbers, keep_own, order)
         job = Job(positive, negative, latent, sampler, sigmas, noise, cfg)
         node, acts = cls.hidden.unique_id, where(**shared)

@@ -41,7 +41,7 @@ class Explicit:
 
 
 def sparse(model, **inputs):
-    return run_node(LogLinearSparseAttention, model=model, **{"min_tokens": 0, **inputs})[0]
+    return run_node(LogLinearSparseAttention, model=model, **{"min_tokens": 0, "reorder": "tile3d", **inputs})[0]
 
 
 def job_of(spec, **settings):

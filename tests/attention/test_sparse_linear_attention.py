@@ -40,7 +40,8 @@ class Masked:
 
 
 def sparse(model, **inputs):
-    return run_node(SparseLinearAttention, model=model, **{"min_tokens": 0, "topk": 0.4, **inputs})[0]
+    blocks = {"block_q": "64", "block_k": "64", "order": "tiles"}
+    return run_node(SparseLinearAttention, model=model, **{"min_tokens": 0, "topk": 0.4, **blocks, **inputs})[0]
 
 
 def job_of(spec, steps=2, **settings):

@@ -31,7 +31,11 @@ def cells(mask):
 
 
 def window(model, **inputs):
-    return run_node(LocalWindowAttention, model=model, **{"radius": 3, "min_tokens": 0, **inputs})[0]
+    return run_node(
+        LocalWindowAttention,
+        model=model,
+        **{"radius": 3, "min_tokens": 0, "temporal_radius": 0, "down_factor": 0, **inputs},
+    )[0]
 
 
 def held(model):

@@ -204,9 +204,10 @@ def test_a_trained_model_comes_closer_on_noise_that_it_has_not_seen(folder):
     positive, negative = [[tokens[i : i + 1], {"pooled_output": pooled[i : i + 1]}] for i in range(2)]
     latent = torch.zeros(1, 16, 64, 64)
     job = {"positive": [positive], "negative": [negative]}
-    patched, _, report = calibrate(model, None, latent, steps=6, cfg=1.0, variant="sla1", verify=False, **job)
+    blocks = {"block_q": "64", "block_k": "64", "order": "tiles", "variant": "sla1"}
+    patched, _, report = calibrate(model, None, latent, steps=6, cfg=1.0, verify=False, **blocks, **job)
     assert all(row["after"] < row["before"] for row in report["calibration"]["blocks"])
     fresh = Job(model_of("flux")[1], steps=6, cfg=1.0, latent=latent, seed=21, **job)
-    sparse = run_node(SparseLinearAttention, model=model, topk=0.3, variant="sla1", min_tokens=0)[0]
+    sparse = run_node(SparseLinearAttention, model=model, topk=0.3, min_tokens=0, **blocks)[0]
     plain, alone, fitted = (fresh(m) for m in (model, sparse, patched))
     assert error(fitted, plain) < error(alone, plain)
