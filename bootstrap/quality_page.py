@@ -8,12 +8,11 @@ Written by `make attention-quality` on the digit models that this repository car
 on: `digits_flux` (16 x 16 image tokens and 4 of text) and `moving_digits_wan` (8 frames of 4 x 4). Each node acts with
 `min_tokens` 0, else at its defaults, where the row names no inputs. Beside it plain top-k attention computes at least as
 many query-key pairs: for each block of 16 queries the key blocks of 16 whose means score highest, softmax over these
-alone, text always seen, all blocks and steps alike. Sparse-Linear Attention chooses among blocks of 64, a quarter of such a
-picture and half of such a clip.
+alone, text always seen, all blocks and steps alike. Without weights that is what Sparse-Linear Attention is on such a picture.
 
 How to read it: **pairs** are those that reach the softmax, of 100 in dense attention, over all image self-attention calls of
-a run, dense steps and blocks included. **computed** is the node's own report on a CPU: where it is more, a list names blocks
-of 128 queries, half of such a picture; above 100 it computes dense attention and its pattern too. **right** is the share of
+a run, dense steps and blocks included. **computed** is the node's own report on a CPU: where it is more, a list names
+whole blocks; above 100 it computes dense attention and its pattern too. **right** is the share of
 the samples that a classifier of real digits reads as asked, clips: and the share that moves as asked. **SSIM** is the mean
 likeness to what the plain model draws from the same noise, 1 is equal. The last column is the difference of both SSIM with
 its 95 % interval over the same samples: above 0 the node is closer to the plain model than plain top-k.

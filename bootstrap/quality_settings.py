@@ -31,10 +31,9 @@ _EARLY = {"dense_first_steps": 2}
 
 SETTINGS: dict[str, list[Setting]] = {
     "video": [
-        *_settings("Sparse-Linear Attention", {}, DEFAULT, {"order": "rows"}),  # two blocks: there is no other density
-        *_settings("Log-Linear Sparse Attention", {}, DEFAULT, {"density": 0.125}, {"density": 0.5}, {"reorder": "tile2d"}),
-        *_settings("Local Window Attention", {}, DEFAULT, {"temporal_radius": 1}, {"temporal_radius": 2},
-                   {"temporal_radius": 7, "radius": 2}, {"temporal_radius": 1, "down_factor": 2}),
+        *_settings("Sparse-Linear Attention", {}, DEFAULT, {"topk": 0.25}),
+        *_settings("Log-Linear Sparse Attention", {}, DEFAULT, {"density": 0.125}, {"density": 0.5}),
+        *_settings("Local Window Attention", {}, DEFAULT, {"temporal_radius": 1}, {"temporal_radius": 0}, {"down_factor": 0}),
         *_settings("Attention Tile", {}, DEFAULT, {"ref_frames": 1}, {"ref_frames": 2}),
         *_settings("Window Attention 3D", {"wt": 4, "wh": 2, "ww": 2}, SCALED, {"wt": 4}, {"wt": 4, **_ALL_WINDOWED},
                    {"wt": 8, "wh": 2, "ww": 2}),
@@ -43,10 +42,9 @@ SETTINGS: dict[str, list[Setting]] = {
         *_settings("Rettention", {}, DEFAULT, _EARLY, {**_EARLY, "density": 0.25}),
     ],
     "image": [
-        *_settings("Sparse-Linear Attention", {}, DEFAULT, {"topk": 0.25}, {"topk": 0.75}, {"order": "rows"}),
-        *_settings("Log-Linear Sparse Attention", {}, DEFAULT, {"density": 0.0625}, {"density": 0.125}, {"density": 0.5},
-                   *({"reorder": "none", **more} for more in ({"density": 0.125}, {}, {"density": 0.5}))),
-        *_settings("Local Window Attention", {"radius": 4}, SCALED, {"radius": 2}, {"radius": 6}, {"radius": 4, "down_factor": 4}),
+        *_settings("Sparse-Linear Attention", {}, DEFAULT, {"topk": 0.25}, {"topk": 0.75}),
+        *_settings("Log-Linear Sparse Attention", {}, DEFAULT, {"density": 0.0625}, {"density": 0.125}, {"density": 0.5}),
+        *_settings("Local Window Attention", {"radius": 4}, SCALED, {"radius": 2}, {"radius": 6}, {"radius": 4, "down_factor": 0}),
         *_settings("Window Attention 3D", {"wh": 4, "ww": 4}, SCALED, {"wh": 8, "ww": 8}, {"wh": 4, "ww": 4, **_ALL_WINDOWED}),
         *_settings("Diagonal Attention", {"block": 16}, SCALED, {"block": 64}, {"block": 16, "depth": 1.0}, {"block": 64, "depth": 1.0}),
         *_settings("Rettention", {}, DEFAULT, _EARLY, {**_EARLY, "density": 0.25}),
