@@ -8,7 +8,7 @@ import pkgutil
 from pathlib import Path
 
 import folder_paths
-from comfy_api.latest import ComfyExtension, io
+from comfy_api.latest import ComfyAPI, ComfyExtension, io
 
 log = logging.getLogger("tessera")
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,7 +55,11 @@ def _load(name: str, strict: bool) -> list[type[io.ComfyNode]]:
 
 class TesseraExtension(ComfyExtension):
     async def on_load(self) -> None:
+        from ..patching.replacements import replacements
+
         folder_paths.add_model_folder_path("diffusion_models", str(ROOT / "models"))
+        for replacement in replacements(discover()):
+            await ComfyAPI().node_replacement.register(replacement)
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         found = discover()

@@ -37,9 +37,9 @@ SELECTION_BYTES = 512 << 20  # of the scores by which patches are chosen; more h
 
 def image_order(grid: Grid, reorder: str, block: int) -> torch.Tensor | None:
     """int64 [T * H * W]: position in the order -> row-major token; None: as it is. tile2d keeps frames apart as far as
-    whole patches go, tile3d cuts patches through time too; auto is none where a patch holds a whole row, else tile3d."""
+    whole patches go, tile3d cuts patches through time too; auto is none on a picture whose rows fit into a patch, else tile3d."""
     if reorder == "auto":
-        reorder = "none" if grid[2] <= block else "tile3d"
+        reorder = "none" if grid[0] == 1 and grid[2] <= block else "tile3d"
     if reorder == "none":
         return None
     if reorder == "zorder":

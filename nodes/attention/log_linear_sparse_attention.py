@@ -36,7 +36,7 @@ class LogLinearSparseAttention(io.ComfyNode):
                 io.Boolean.Input("exclude_selected", default=True, advanced=True,
                     tooltip="Leave picked patches out of the averages, so that nothing counts twice. Off is the paper's form, for weights trained with it."),
                 io.Combo.Input("reorder", options=list(ORDERS), advanced=True,
-                    tooltip="What a patch is. auto: a run along a row where a patch holds a whole row of tokens, else a tile that reaches through frames too. The others: a tile that reaches through frames too, a tile of one frame (the same on a picture), a run of the Z curve, or a run along a row. Any size is cut without gaps."),
+                    tooltip="What a patch is. auto: a run along a row on a picture whose rows fit into a patch, else a tile that reaches through frames too. The others: a tile that reaches through frames too, a tile of one frame (the same on a picture), a run of the Z curve, or a run along a row. Any size is cut without gaps."),
                 *where_inputs(),
             ],
             outputs=[io.Model.Output(tooltip="The MODEL with sparse attention. Connect it to the sampler or the next node.")],
