@@ -7,7 +7,7 @@ PYTEST := $(RUN) -m pytest -n 2 --dist loadfile
 export PYTHONPYCACHEPREFIX := $(CURDIR)/.host/pycache
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test test-all lint aot bench bench-gpu node-assets matrix attention-quality serve clean
+.PHONY: setup demo test test-all lint aot bench bench-gpu node-assets matrix attention-quality cache-quality serve clean
 
 setup:
 	@$(PYTHON) bootstrap/setup.py
@@ -43,6 +43,9 @@ matrix: setup
 
 attention-quality: setup
 	$(RUN) bootstrap/attention_quality.py
+
+cache-quality: setup
+	$(RUN) bootstrap/cache_quality.py
 
 serve: setup
 	@$(RUN) bootstrap/serve.py

@@ -97,23 +97,29 @@ def _default(entry):
 def draw(model, kind: str, samples: int, steps: int, cfg: float, batch: int = BATCH) -> torch.Tensor:
     """Pictures [N, 128, 128] or clips [N, 8, 32, 32] in 0..1 of samples 0..N-1: Euler, the "simple" schedule."""
     load_pack()
+    from tessera.methods.digits import codec
+
+    parts = ((start, min(batch, samples - start)) for start in range(0, samples, batch))
+    return torch.cat([codec.decode(latents(model, kind, start, count, steps, cfg)) for start, count in parts])
+
+
+@torch.inference_mode()
+def latents(model, kind: str, start: int, count: int, steps: int, cfg: float | None = None) -> torch.Tensor:
+    """Final latents fp32 [count, ...] of samples start..start+count-1, sampled as one batch."""
+    load_pack()
     import comfy.sample
 
-    from tessera.methods.digits import codec, words
+    from tessera.methods.digits import words
 
-    rows = torch.tensor([words.parse(text) for text in prompts(kind, samples)])
-    out = []
-    for start in range(0, samples, batch):
-        part = rows[start : start + batch]
-        latent = torch.zeros(len(part), *LATENT[kind])
-        noise = torch.stack([
-            torch.randn(LATENT[kind], generator=torch.Generator().manual_seed(start + i)) for i in range(len(part))
-        ])  # fmt: skip
-        positive, negative = (_conditioning(words.encode(text)) for text in (part, torch.zeros_like(part)))
-        drawn = comfy.sample.sample(model, noise, steps, cfg, "euler", "simple", positive, negative, latent,
-                                    disable_pbar=True, seed=start)  # fmt: skip
-        out.append(codec.decode(drawn.float().cpu()))
-    return torch.cat(out)
+    part = torch.tensor([words.parse(text) for text in prompts(kind, start + count)])[start:]
+    noise = torch.stack(
+        [torch.randn(LATENT[kind], generator=torch.Generator().manual_seed(start + i)) for i in range(count)]
+    )
+    positive, negative = (_conditioning(words.encode(text)) for text in (part, torch.zeros_like(part)))
+    return comfy.sample.sample(
+        model, noise, steps, DEFAULT_CFG[kind] if cfg is None else cfg, "euler", "simple", positive, negative,
+        torch.zeros(count, *LATENT[kind]), disable_pbar=True, seed=start,
+    ).float().cpu()  # fmt: skip
 
 
 def _conditioning(encoded):

@@ -188,3 +188,20 @@ def test_values_keep_the_type_of_the_input():
     for setting in ("1.text=7", "A.steps=9", "A.on=true"):
         run_graph.change(graph, setting)
     assert graph["1"]["inputs"] == {"text": "7", "steps": 9, "on": True}
+
+
+@pytest.mark.server
+def test_a_graph_of_another_pack_runs_with_our_node(server, tmp_path):
+    graph = json.loads(GRAPH.read_text())
+    for entry in graph.values():
+        if entry["class_type"] == "TesseraTaylorCache":
+            entry["class_type"] = "TaylorSeerLite"
+            entry["inputs"] = {"model": entry["inputs"]["model"], "model_type": "flux", "fresh_threshold": 3, "max_order": 1,
+                               "first_enhance": 3, "last_enhance": 50}  # fmt: skip
+    assert any(entry["class_type"] == "TaylorSeerLite" for entry in graph.values())
+    file = tmp_path / "old.json"
+    file.write_text(json.dumps(graph))
+    done = run(server, tmp_path, "--set", "KSampler.steps=8", "--report", str(tmp_path / "report.json"), graph=file)
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "report.json").read_text()
+    assert '"Taylor Cache"' in text and '"forecast"' in text
