@@ -10,6 +10,7 @@ Grid = tuple[int, int, int]  # (T, H, W) in tokens
 Kind = Literal["self", "joint", "cross", "other"]  # image only; image and text in one sequence; image onto text; rest
 Place = Literal["prefix", "suffix", "none"]  # where text and other tokens sit beside the image tokens
 Latent = torch.Tensor | Sequence[torch.Tensor]  # what diffusion_model.forward receives; a list for video and audio
+Rescaling = tuple[str, tuple[float, ...]]  # whose it is, coefficients with the highest power first
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,10 @@ class Arch:
     text_after: bool = False  # text has positions on all axes, from half the picture's longer side on
     rotates: bool = False  # hands its RoPE table to attn1_patch as pe [B, 1, N, D / 2, 2, 2], before attention
     modulated: Callable[[Any, dict[str, Any]], torch.Tensor | None] | None = None  # (diffusion model, arguments of the
-    #   first block) -> what TeaCache measures: that block's image input under its modulation [B, N, D], or its timestep part
+    #   first block and "model_timestep") -> what TeaCache measures: that block's image input under its modulation
+    #   [B, N, D], or its timestep part
+    rescaled: Callable[[Any, Grid | None], Rescaling | None] | None = None  # TeaCache's published polynomial for this
+    #   diffusion model at this token grid; None where there is none
     notes: str = ""
     limits: dict[str, str] = field(default_factory=dict)  # "attention" or "blocks": why it cannot be served, for users
 

@@ -4,6 +4,7 @@ Z-Image pads caption and image to multiples of 32 tokens, each at its end. Refer
 before the image."""
 
 from ._layout import Arch, Blocks, patched, square
+from ._modulate import under
 
 
 def grid(model, x):
@@ -13,6 +14,20 @@ def grid(model, x):
 
 def pad(model):
     return model.pad_tokens_multiple or 1
+
+
+def modulated(model, arguments):
+    """Caption and image [B, N, D] after the first layer's norm and scale."""
+    layer = model.layers[0]
+    scale = layer.adaLN_modulation(arguments["adaln_input"]).chunk(4, 1)[0]
+    return under(layer.attention_norm1(arguments["x"]), scale.unsqueeze(1))
+
+
+def rescaled(model, grid):
+    """Z-Image takes its modulation from the timestep in another way: one linear layer without SiLU."""
+    if len(model.layers[0].adaLN_modulation) == 1:
+        return None
+    return "Lumina 2", (393.76566581, -603.50993606, 209.10239044, -23.00726601, 0.86377344)
 
 
 ARCHS = (
@@ -29,5 +44,7 @@ ARCHS = (
         pad=pad,
         rope="rope_embedder",
         rope_options=True,
+        modulated=modulated,
+        rescaled=rescaled,
     ),
 )

@@ -5,6 +5,7 @@ Reference, pose or motion tokens lengthen the sequence: such a call fits no layo
 from typing import Any
 
 from ._layout import Arch, Blocks, patched
+from ._modulate import sinusoid
 
 
 def grid(model, x):
@@ -16,12 +17,35 @@ def stack(*calls):
     return Blocks("blocks", ("img",), "double_block", ("self", *calls))
 
 
+def modulated(model, arguments):
+    """The embedding e of the timestep [B, 1 or T, D], before it is projected for the blocks."""
+    t = arguments["model_timestep"]
+    e = model.time_embedding(sinusoid(model.freq_dim, t.flatten()).to(arguments["img"].dtype))
+    return e.reshape(t.shape[0], -1, e.shape[-1])
+
+
+T2V_SMALL = "Wan 2.1 T2V 1.3B", (2396.76752, -1311.10545, 201.331979, -8.29855975, 0.137887774)
+T2V_LARGE = "Wan 2.1 T2V 14B", (-5784.54975374, 5449.50911966, -1811.16591783, 256.27178429, -13.02252404)
+I2V_480 = "Wan 2.1 I2V 480p 14B", (-302.331670, 223.948934, -52.5463970, 5.87348440, -0.201973289)
+I2V_720 = "Wan 2.1 I2V 720p 14B", (-114.36346466, 65.26524496, -18.82220707, 4.91518089, -0.23412683)
+
+
+def rescaled(model, grid):
+    """The nearest of the four models with a polynomial: by width, by whether an image comes in, by the size of a frame.
+
+    The two image models have one shape; 2,340 tokens lie between their frames of 1,560 and 3,600."""
+    if model.model_type == "i2v":
+        return I2V_720 if grid is not None and grid[1] * grid[2] > 2340 else I2V_480
+    return T2V_SMALL if model.dim < 2816 else T2V_LARGE
+
+
+TEA: dict[str, Any] = {"modulated": modulated, "rescaled": rescaled}
 ROPE: dict[str, Any] = {"rope": "rope_embedder", "rope_options": True}
 IMAGE = "cross"  # models with an image encoder attend to its tokens before those of the text
 VACE = Blocks("vace_blocks", ("c",), calls=("self", "cross"), positions=(0,), stack=False)
 
 ARCHS = (
-    Arch("Wan", "wan", ("WanModel", "CameraWanModel"), (stack(IMAGE, "cross"),), grid, **ROPE),
+    Arch("Wan", "wan", ("WanModel", "CameraWanModel"), (stack(IMAGE, "cross"),), grid, **ROPE, **TEA),
     Arch(
         "Wan, autoregressive",
         "wan",
@@ -38,6 +62,7 @@ ARCHS = (
         (stack("cross"), VACE),
         grid,
         **ROPE,
+        **TEA,
         notes="A VACE block follows some blocks, once per control video, and returns (what it adds, its own stream).",
     ),
     Arch(

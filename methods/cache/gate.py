@@ -43,6 +43,11 @@ class Gate:
         predicted, of the same stream."""
 
     @property
+    def facts(self) -> dict[str, Any]:
+        """What the report says of it beside the decisions, JSON-ready."""
+        return {}
+
+    @property
     def bytes_held(self) -> int:
         return sum(value.nbytes for value in self.__dict__.values() if isinstance(value, torch.Tensor))
 
