@@ -12,7 +12,8 @@ from typing import Any
 from .. import archs
 from ..methods.attention.call import Answer, AttentionCall, AttentionMethod, Decline
 from . import prewarm, rivals
-from .blocks import BlockPosition, eager, positions
+from .attention_around import around, arounds, block_of, options_of, stack_of
+from .blocks import eager, positions
 from .convention import unpack
 from .memory import grid_of, stream_elements
 from .pictures import Drawing, Sketch
@@ -177,15 +178,15 @@ def _plans(forward) -> list[AttentionFeature]:
 def install(forward, options: dict[str, Any]) -> None:
     """Puts the dispatcher into this call's options; what it finds there becomes the fallback."""
     plans, arch = _plans(forward), forward.run.arch
-    if not plans or arch is None:
+    if not (plans or arounds(forward)) or arch is None:
         return
     if arch.override:
-        forward.override = options[OVERRIDE] = eager(_dispatcher(forward, plans, options.get(OVERRIDE)), options)
+        forward.override = options[OVERRIDE] = eager(_hook(forward, plans, options.get(OVERRIDE)), options)
         if arch.rotates and any(getattr(plan.method, "wants_rotation", False) for plan in plans):
             patches = options.get("patches", {})
             options["patches"] = {**patches, "attn1_patch": [*patches.get("attn1_patch", ()), _rotation(forward)]}
     elif arch.reached:
-        forward.dispatch = eager(_dispatcher(forward, plans, None), options)
+        forward.dispatch = eager(_hook(forward, plans, None), options)
 
 
 def above(forward, options: dict[str, Any]) -> dict[str, Any]:
@@ -193,7 +194,7 @@ def above(forward, options: dict[str, Any]) -> dict[str, Any]:
     theirs = options.get(OVERRIDE)
     if forward.override is None or theirs is forward.override:
         return options
-    forward.override = eager(_dispatcher(forward, _plans(forward), theirs), options)
+    forward.override = eager(_hook(forward, _plans(forward), theirs), options)
     return {**options, OVERRIDE: forward.override}
 
 
@@ -205,15 +206,23 @@ def _rotation(forward):
     return record
 
 
+def _hook(forward, plans: list[AttentionFeature], earlier: Callable | None):
+    """The dispatcher, and in front of it what may answer before any plan."""
+    hook = _dispatcher(forward, plans, earlier)
+    for feature in arounds(forward):
+        hook = around(forward, feature, hook)
+    return hook
+
+
 def _dispatcher(forward, plans: list[AttentionFeature], earlier: Callable | None):
-    stack = {(b.spec.replace or b.spec.path, b.index): b for b in positions(forward.run.arch, forward.diffusion_model)}
+    stack = stack_of(forward)
 
     def dispatch(func, *args, **kwargs):
         rest = functools.partial(_rest, forward, earlier, func, *args, **kwargs)
         forward.asked = True
         if forward.passed_on:  # the other pack's override asks in its turn what it found: us
             return rest()
-        if kwargs.get("low_precision_attention") is False and _block(forward, stack, options_of(kwargs)) is not None:
+        if kwargs.get("low_precision_attention") is False and block_of(forward, stack, options_of(kwargs)) is not None:
             for plan in plans:
                 forward.run.states[plan].declined["the model asks for exact attention"] += 1
             return rest()
@@ -259,7 +268,7 @@ def _rest(forward, earlier: Callable | None, func, *args, **kwargs):
 def _describe(forward, stack, args, kwargs):
     """(AttentionCall, function that packs [B, H, N, D] as the caller expects), or (None, None) for calls outside the
     residual stack."""
-    block = _block(forward, stack, options_of(kwargs))
+    block = block_of(forward, stack, options_of(kwargs))
     if block is None:
         return None, None
     nth = forward.calls.get(block.number, 0)
@@ -275,16 +284,6 @@ def _describe(forward, stack, args, kwargs):
         layout = archs.layout_of(arch, grid, kind, q.shape[2], k.shape[2], references, pad)
     scale = q.shape[-1] ** -0.5 if kwargs.get("scale") is None else float(kwargs["scale"])
     return AttentionCall(q, k, v, mask, scale, kind, layout, block, forward), pack
-
-
-def options_of(kwargs) -> dict[str, Any]:
-    return kwargs.get("transformer_options") or {}
-
-
-def _block(forward, stack, options) -> BlockPosition | None:
-    if not forward.run.arch.indexed:
-        return forward.block
-    return stack.get((f"{options.get('block_type')}_block", options.get("block_index"))) or forward.block
 
 
 def _references(kwargs) -> int:

@@ -1,6 +1,7 @@
 """One block stack for every architecture: the same call whether a model offers patches_replace["dit"] or its blocks'
 forward has to be wrapped. Features see each block as a function from residual streams to residual streams."""
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,11 +77,12 @@ def _layer(feature, forward, block, proceed):
 def needed(forward) -> bool:
     """Do this run's features need to be asked at blocks?"""
     from .attention import AttentionFeature
+    from .attention_around import AroundAttention
 
     arch = forward.run.arch
     asks = any(isinstance(f, BlockFeature) for f in forward.run.features)
     tells = arch.indexed and all(spec.replace is not None for spec in arch.blocks if spec.stack)
-    counts = not tells and any(isinstance(f, AttentionFeature) for f in forward.run.features)
+    counts = not tells and any(isinstance(f, AttentionFeature | AroundAttention) for f in forward.run.features)
     return asks or counts
 
 
@@ -129,6 +131,7 @@ class WrappedForward:
 
     def __init__(self, original, block: BlockPosition):
         self.original, self.block = original, block
+        self.names = tuple(inspect.signature(original).parameters)
 
     def __call__(self, *args, **kwargs):
         forward = current_forward.get()
@@ -138,7 +141,8 @@ class WrappedForward:
         places = dict(zip(spec.streams, spec.positions, strict=False))
         streams = tuple(kwargs[n] if n in kwargs else args[places[n]] for n in spec.streams)
         single = []
-        forward.arguments = {**kwargs, **dict(zip(spec.streams, streams, strict=True))}
+        named_args = dict(zip(self.names, args, strict=False))
+        forward.arguments = {**named_args, **kwargs, **dict(zip(spec.streams, streams, strict=True))}
 
         def compute(values):
             positional, named = list(args), dict(kwargs)

@@ -140,7 +140,9 @@ class CacheFeature(Feature):
 
     def facts(self, state: CacheState) -> dict[str, Any]:
         kinds = [d["kind"] for d in state.decisions]
+        gates = [gate for lane in state.lanes.values() for gate in lane.gates.values()]
         return {
+            **{name: fact for gate in gates for name, fact in gate.facts.items()},
             "restarts": state.restarts,
             "stochastic": state.stochastic,
             "decisions": state.decisions,

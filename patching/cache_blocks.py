@@ -18,7 +18,8 @@ from .run import Run
 class Call:
     """One call of the model, while it lasts."""
 
-    before: torch.Tensor | None = None  # the first stream's rows before the first block, where a gate wants them
+    before: Streams = ()  # the first condition's rows of each stream before the first block, where a gate wants them
+    first: Any = None  # the block list that these belong to
     base: Streams = ()  # every stream where the skipped part begins, where residuals are stored
     spec: Any = None  # the block list that base belongs to
     skips: bool = False
@@ -60,7 +61,10 @@ class StackCache(BlockFeature, CacheFeature):
         first = self.first_blocks
         end = block.count - 1 - self.last_blocks
         if block.number == 0 and first:
-            call.before = _first_rows(forward, block, streams[0]).clone()
+            call.before = tuple(
+                _first_rows(forward, block, s, n).clone() for n, s in enumerate(streams) if s is not None
+            )
+            call.first = block.spec
         if block.number == first:
             self._decide(state, call, forward, block, streams)
         if not first <= block.number <= end or not call.skips:
@@ -79,7 +83,7 @@ class StackCache(BlockFeature, CacheFeature):
         def look(seen):
             call.decides = True
             now = _first_rows(forward, block, streams[0])
-            before = now if call.before is None else call.before
+            before = _laid_out(call.before, call.first, block, forward.run.arch.place)[0] if call.before else now
             return replace(seen, before=before, now=now, modulated=forward.modulated)
 
         full = state.computes(forward, look) | self.held_back(state, forward)
@@ -137,10 +141,8 @@ class StackCache(BlockFeature, CacheFeature):
 
 
 def _joined(call: Call, block: BlockPosition, like: Streams, place: str, name: str) -> Streams:
-    """The streams where skipping began, as this block lays them out: text and image may be one sequence by now."""
-    base = call.base
-    if call.spec is not block.spec and block.spec.joined and len(base) == 2:
-        base = (torch.cat((base[1], base[0]) if place == "prefix" else (base[0], base[1]), 1),)
+    """The streams where skipping began, as this block has them."""
+    base = _laid_out(call.base, call.spec, block, place)
     shapes = ([x.shape for x in _leaves(s)] for s in (base[0], like[0]))
     if len({str(s) for s in shapes}) > 1:
         raise ValueError(
@@ -148,6 +150,13 @@ def _joined(call: Call, block: BlockPosition, like: Streams, place: str, name: s
             f"{tuple(_leaves(like[0])[0].shape)} between blocks. Set fill to taylor1."
         )
     return base
+
+
+def _laid_out(streams: Streams, spec: Any, block: BlockPosition, place: str) -> Streams:
+    """Streams of a block of that list as this block has them: text and image may be one sequence by now."""
+    if spec is block.spec or not block.spec.joined or len(streams) != 2:
+        return streams
+    return (torch.cat((streams[1], streams[0]) if place == "prefix" else (streams[0], streams[1]), 1),)
 
 
 def _leaves(stream) -> list[torch.Tensor]:
@@ -180,8 +189,8 @@ def _owners(forward: Forward, leaf: torch.Tensor, block: BlockPosition, stream: 
     return list(forward.keys), axis
 
 
-def _first_rows(forward: Forward, block: BlockPosition, stream) -> torch.Tensor:
-    """The first condition's rows of a block's stream; all of them where the block has no batch axis."""
+def _first_rows(forward: Forward, block: BlockPosition, stream, number: int = 0) -> torch.Tensor:
+    """The first condition's rows of a block's stream of that number; all of them where it has no batch axis."""
     leaf = _leaves(stream)[0]
-    owners, axis = _owners(forward, leaf, block)
+    owners, axis = _owners(forward, leaf, block, number)
     return leaf.chunk(len(owners), axis)[0]

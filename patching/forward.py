@@ -45,6 +45,8 @@ class Forward:
     rotation: Any = None  # the RoPE table that the model told last, where a plan asked for it
     calls: dict[Any, int] = field(default_factory=dict)  # attention calls met, by block
 
+    timestep: torch.Tensor | None = None  # what the diffusion model was given, where it has a wrapper
+
     def see(self, diffusion_model: Any, x: Any) -> None:
         """The tensor that reaches the diffusion model fixes the token grid."""
         self.diffusion_model, self.x = diffusion_model, x
@@ -55,8 +57,8 @@ class Forward:
     def modulated(self) -> torch.Tensor | None:
         """The first stream's rows of the first condition under the modulation of the block being entered; None where the
         family does not tell."""
-        arch = self.run.arch
-        made = arch.modulated(self.diffusion_model, self.arguments) if arch is not None and arch.modulated else None
+        arch, told = self.run.arch, {**self.arguments, "model_timestep": self.timestep}
+        made = arch.modulated(self.diffusion_model, told) if arch is not None and arch.modulated else None
         return made if made is None or made.shape[0] % len(self.keys) else made.chunk(len(self.keys))[0]
 
     def rows(self, tensor: torch.Tensor) -> list[torch.Tensor] | None:
@@ -115,6 +117,7 @@ def diffusion_model(executor, *args, **kwargs):
     forward = options.get(FORWARD)
     if forward is not None:
         forward.see(executor.class_obj, args[0] if args else kwargs.get("x"))
+        forward.timestep = args[1] if len(args) > 1 else kwargs.get("timestep")
         args, kwargs = replace_options(args, kwargs, attention.above(forward, options))
     return executor(*args, **kwargs)
 

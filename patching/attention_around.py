@@ -1,0 +1,61 @@
+"""Features around attention calls: they see each call of the residual stack before any plan does, and may answer it with
+what an earlier one gave. What they let pass goes on to the dispatcher (attention.py)."""
+
+from typing import Any
+
+import torch
+
+from .blocks import BlockPosition, positions
+from .convention import NAMES
+from .run import Feature
+
+
+class AroundAttention(Feature):
+    """A feature that may answer in place of attention calls."""
+
+    def around_call(
+        self, state: Any, forward: Any, block: BlockPosition, nth: int, q: torch.Tensor, proceed
+    ) -> torch.Tensor:
+        """Call number nth of a block. q as the model gives it, the batch first; proceed() computes the output as the
+        model wants it, the batch first too. Clone what is kept."""
+        return proceed()
+
+
+def arounds(forward) -> list[AroundAttention]:
+    return [f for f in forward.run.acting if isinstance(f, AroundAttention)]
+
+
+def around(forward, feature: AroundAttention, dispatch):
+    """The dispatcher with a feature in front of it."""
+    stack = stack_of(forward)
+    met: dict[int, int] = {}  # calls of each block
+
+    def hook(func, *args, **kwargs):
+        proceed = lambda: dispatch(func, *args, **kwargs)  # noqa: E731
+        block = None if forward.passed_on else block_of(forward, stack, options_of(kwargs))
+        if block is None:
+            return proceed()
+        nth = met.get(block.number, 0)
+        met[block.number] = nth + 1
+        forward.calls[block.number] = nth  # the dispatcher counts on from here, also past calls that it never saw
+        forward.asked = True
+        q = kwargs["q"] if "q" in kwargs else args[NAMES.index("q")]
+        return feature.around_call(forward.run.states[feature], forward, block, nth, q, proceed)
+
+    return hook
+
+
+def stack_of(forward) -> dict[tuple[str, int], BlockPosition]:
+    """Blocks of the residual stack as calls name them."""
+    return {(b.spec.replace or b.spec.path, b.index): b for b in positions(forward.run.arch, forward.diffusion_model)}
+
+
+def block_of(forward, stack, options) -> BlockPosition | None:
+    """The block of the residual stack that makes this call."""
+    if not forward.run.arch.indexed:
+        return forward.block
+    return stack.get((f"{options.get('block_type')}_block", options.get("block_index"))) or forward.block
+
+
+def options_of(kwargs) -> dict[str, Any]:
+    return kwargs.get("transformer_options") or {}
