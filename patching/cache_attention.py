@@ -54,6 +54,8 @@ class AttentionCache(AroundAttention, CacheFeature):
     def check_arch(self, arch, class_name: str) -> None:
         if arch is None:
             self.cannot(f"{self.name}: policy PAB does not know the attention of {class_name}. Use policy FORA.")
+        elif "attention" in arch.limits:
+            self.cannot(f"{self.name}: policy PAB cannot act here: {arch.limits['attention']} Use policy FORA.")
         elif not (arch.override or arch.reached):
             self.cannot(
                 f"{self.name}: policy PAB cannot reach the attention of {arch.name}, which does not call ComfyUI's "
