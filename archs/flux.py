@@ -34,7 +34,17 @@ ARCHS = (
         rescaled=rescaled,
         notes="Reference latents follow the image; transformer_options counts them in reference_image_num_tokens.",
     ),
-    Arch("Chroma", "chroma", ("Chroma",), (DOUBLE, SINGLE), grid, "prefix", rope="pe_embedder", rotates=True),
+    Arch(
+        "Chroma",
+        "chroma",
+        ("Chroma",),
+        (DOUBLE, SINGLE),
+        grid,
+        "prefix",
+        rope="pe_embedder",
+        rotates=True,
+        modulated=double_block,
+    ),
     Arch(
         "Chroma Radiance",
         "chroma_radiance",
@@ -44,5 +54,6 @@ ARCHS = (
         "prefix",
         rope="pe_embedder",
         rotates=True,
+        modulated=double_block,
     ),
 )

@@ -13,6 +13,10 @@ from tessera.patching.run import attach
 USED = {
     "flux": ("double_blocks.0.img_attn.qkv", "in"),
     "flux2": ("double_blocks.0.img_attn.qkv", "in"),
+    "chroma": ("double_blocks.0.img_attn.qkv", "in"),
+    "chroma_radiance": ("double_blocks.0.img_attn.qkv", "in"),
+    "sd3": ("joint_blocks.0.x_block.attn.qkv", "in"),
+    "qwen_image": ("transformer_blocks.0.attn.to_q", "in"),
     "hunyuan_video": ("double_blocks.0.img_attn.qkv", "in"),
     "ltxv_meta": ("transformer_blocks.0.attn1", "in"),
     "lumina2": ("layers.0.attention", "in"),

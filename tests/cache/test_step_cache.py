@@ -22,9 +22,7 @@ POLICY = pytest.mark.parametrize("policy", ON)
 CASES = [
     ("flux", "fp32"), ("flux", "bf16"), ("wan_meta", "fp32"), ("sd3", "bf16"), ("ltxv_meta", "fp32"), ("lumina2", "bf16"),
 ]  # fmt: skip
-EVERY = pytest.mark.parametrize(
-    "policy, name, dtype", [(p, n, d) for p in ON for n, d in CASES if (p, n) != ("TeaCache", "sd3")], ids=lambda v: v
-)
+EVERY = pytest.mark.parametrize("policy, name, dtype", [(p, n, d) for p in ON for n, d in CASES], ids=lambda v: v)
 
 
 @EVERY

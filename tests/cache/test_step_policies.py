@@ -91,7 +91,8 @@ def test_where_the_polynomial_comes_from():
 
 
 REFUSED = [
-    ("sd3", {"policy": "TeaCache"}, "not known for Stable Diffusion 3. Use policy FBCache"),
+    ("aura", {"policy": "TeaCache"}, "not known for AuraFlow. Use policy FBCache"),
+    ("sd3", {"policy": "TeaCache"}, "no published polynomial for this Stable Diffusion 3. Connect"),
     ("flux2", {"policy": "TeaCache"}, "no published polynomial for this Flux. Connect Calibrate Cache"),
     ("flux", {"policy": "TeaCache", "coefficients": "one"}, "highest power first"),
     ("flux", {"policy": "FBCache", "level": "output"}, "cannot act at level output. Set level to auto"),
