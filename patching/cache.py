@@ -91,7 +91,9 @@ class CacheFeature(Feature):
 
     def variable_of(self, run: Run) -> str:
         """What forecasts extrapolate over in this run: "step" or "sigma"."""
-        return self.variable if self.variable != "auto" else "sigma" if is_flow(run) else "step"
+        if self.variable != "auto":
+            return self.variable
+        return "sigma" if is_flow(run) and self.basis != "hermite" else "step"
 
     def history(self, run: Run, order: int | None = None) -> Callable[[], Any]:
         """What makes an empty history of one stream."""

@@ -84,7 +84,9 @@ class StackCache(BlockFeature, CacheFeature):
             call.decides = True
             now = _first_rows(forward, block, streams[0])
             before = _laid_out(call.before, call.first, block, forward.run.arch.place)[0] if call.before else now
-            return replace(seen, before=before, now=now, modulated=forward.modulated)
+            axis = block.spec.axes.find("B")
+            every = _leaves(streams[0])[0] if axis >= 0 else None
+            return replace(seen, before=before, now=now, modulated=forward.modulated, every=every, axis=axis)
 
         full = state.computes(forward, look) | self.held_back(state, forward)
         shape = _shape(streams, block)

@@ -54,9 +54,9 @@ def facts(model, name: str = "Taylor Cache") -> dict:
     return next(f for f in latest_record(model)["features"] if f["name"] == name)["facts"]
 
 
-def kinds(model) -> str:
+def kinds(model, name: str = "Taylor Cache") -> str:
     """The decisions of the newest run, one letter an evaluation: f full, p forecast."""
-    return "".join({"full": "f", "forecast": "p", "reuse": "p"}[d["kind"]] for d in facts(model)["decisions"])
+    return "".join({"full": "f", "forecast": "p", "reuse": "p"}[d["kind"]] for d in facts(model, name)["decisions"])
 
 
 def model_of(name: str, dtype: str = "fp32"):

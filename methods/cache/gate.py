@@ -27,6 +27,8 @@ class Seen:
     before: torch.Tensor | None = None
     now: torch.Tensor | None = None
     modulated: Callable[[], torch.Tensor | None] = lambda: None  # the first block's input under its modulation
+    every: torch.Tensor | None = None  # `now` of every stream of the call, where it has an axis for the batch
+    axis: int = 0  # of the batch in `now`, -1 where it has none
 
 
 class Gate:

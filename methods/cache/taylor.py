@@ -5,22 +5,27 @@ The paper keeps difference levels. At a computed evaluation x_n, with h = x_n - 
 `newton` is the interpolating polynomial of the same points, Newton's divided differences: exact up to degree `order`
 on any spacing, where the paper's form is exact to degree 1 only (its differences are derivatives at mid-interval;
 on c x^2 with spacing N it is off by c N k).
+`hermite` is HiCache's (arXiv 2508.16984): the paper's differences under scaled Hermite polynomials in place of powers,
+    F(x_n + k) ~ D_0 + sum_{i>=1} D_i s^i H_i(s k) / i!,  H_0 = 1, H_1(u) = 2u, H_{i+1}(u) = 2u H_i(u) - 2i H_{i-1}(u),
+with s = 0.5, where slopes count half. H_2 has a constant, so k must be counted in steps.
 
-Both forms are linear in the last order + 1 features, with weights that depend on x alone. So the features themselves
+All forms are linear in the last order + 1 features, with weights that depend on x alone. So the features themselves
 are stored, and the weights are made on the host in double precision for each forecast. Against stored differences:
 the memory is the same, order + 1 tensors; storing is one copy instead of a pass over every level; no difference is
 rounded to the storage dtype; and the newest feature can be REPLACED exactly, which a recursion over its own results
 cannot do without an extra level. A forecast is one pass, `kernels/cache/forecast.py`.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 
 from ...kernels.cache.forecast import forecast
 
-BASES = ("taylor_paper", "newton")
+BASES = ("taylor_paper", "newton", "hermite")
 MAX_ORDER = 4
+HERMITE_SCALE = 0.5  # of HiCache on FLUX
 SAME = 1e-6  # two values of x closer than this fraction of the run's scale are one evaluation
 
 
@@ -33,19 +38,49 @@ def allowed_order(basis: str, order: int, interval: int) -> int:
     _check(basis, order)
     if basis == "newton" and order > 2 and interval > 3:
         raise ValueError(
-            f"Newton forecasts of order {order} diverge at interval {interval}. "
+            f"Newton forecasts of order {order} diverge at {f'interval {interval}' if interval < 1000 else 'any interval'}. "
             f"Use order 2 or less, an interval of 3 or less, or basis taylor_paper."
         )
     return order
 
 
+def allowed_variable(basis: str, variable: str) -> str:
+    """Returns `variable`, "auto", "step" or "sigma", if `basis` extrapolates over it; raises ValueError if not."""
+    if basis == "hermite" and variable == "sigma":
+        raise ValueError(
+            "Hermite forecasts count steps, not sigmas. Set variable to auto or step, or basis taylor_paper."
+        )
+    return variable
+
+
 def weights(basis: str, xs: Sequence[float], x: float) -> list[float]:
     """Weights w of the features F_i at the distinct points xs (newest first), so that F(x) ~ sum_i w_i F_i. They sum to 1."""
-    return _newton(xs, x) if basis == "newton" else _paper(xs, x)
+    if basis == "newton":
+        return _newton(xs, x)
+    factors = (_hermite if basis == "hermite" else _powers)(x - xs[0], len(xs))
+    return _differences(xs, factors)
 
 
-def _paper(xs: Sequence[float], x: float) -> list[float]:
-    """The paper's recursion, run on unit vectors: level i of D holds the weights of every feature in D_i."""
+def _powers(k: float, count: int) -> list[float]:
+    """k^i / i! for i < count."""
+    factors = [1.0]
+    for i in range(1, count):
+        factors.append(factors[-1] * k / i)
+    return factors
+
+
+def _hermite(k: float, count: int) -> list[float]:
+    """s^i H_i(s k) / i! for i < count."""
+    u = HERMITE_SCALE * k
+    h = [1.0, 2 * u]
+    for i in range(1, count):
+        h.append(2 * u * h[i] - 2 * i * h[i - 1])
+    return [HERMITE_SCALE**i * h[i] / math.factorial(i) for i in range(count)]
+
+
+def _differences(xs: Sequence[float], factors: Sequence[float]) -> list[float]:
+    """Weights of the features in sum_i factors_i D_i. The paper's recursion, run on unit vectors: level i of D holds the
+    weights of every feature in D_i."""
     count = len(xs)
     levels: list[list[float]] = []
     for index in reversed(range(count)):  # oldest first, as the evaluations came
@@ -54,10 +89,9 @@ def _paper(xs: Sequence[float], x: float) -> list[float]:
             h = xs[index] - xs[index + 1]
             new.append([(b - a) / h for a, b in zip(level, new[-1], strict=True)])
         levels = new
-    total, factor = [0.0] * count, 1.0
-    for i, level in enumerate(levels):
+    total = [0.0] * count
+    for factor, level in zip(factors, levels, strict=True):
         total = [t + factor * d for t, d in zip(total, level, strict=True)]
-        factor *= (x - xs[0]) / (i + 1)
     return total
 
 
@@ -85,7 +119,7 @@ class Forecast:
 
     `x` is the variable of the extrapolation, a step index or a sigma, always the same one within a run.
     order:        0 (reuse) to 4. Fewer stored features than order + 1 lower it for the time being.
-    basis:        "taylor_paper" or "newton".
+    basis:        "taylor_paper", "newton" or "hermite".
     direction:    sign of x's progress: +1 for step indices and for inversion's rising sigmas, -1 for falling sigmas.
     scale:        largest |x| of the run; values of x within 1e-6 of it are the same evaluation.
     cache_dtype:  dtype of the stored tensors, None for the feature's own.
@@ -164,7 +198,11 @@ class Forecast:
         if self._kind is None:
             raise RuntimeError("Forecast.predict has no feature to start from; compute this evaluation and update.")
         _, dtype, device = self._kind
-        return forecast(self._features, weights(self.basis, self._xs, x), dtype).to(device)
+        return forecast(*self.terms(x), dtype).to(device)
+
+    def terms(self, x: float) -> tuple[list[torch.Tensor], list[float]]:
+        """The stored features, newest first, and their weights in the forecast at x. Lent: the history goes on using them."""
+        return self._features, weights(self.basis, self._xs, x)
 
     def _progress(self, x: float) -> int:
         """Sign of the way from the newest entry to x along `direction`; 0 when they are one evaluation, 1 if none."""

@@ -1,6 +1,6 @@
 from comfy_api.latest import io
 
-from ...methods.cache.taylor import BASES, MAX_ORDER, allowed_order
+from ...methods.cache.taylor import BASES, MAX_ORDER, allowed_order, allowed_variable
 from ...patching.cache_blocks import StackCache
 from ...patching.cache_output import OutputCache
 from ...patching.cache_widgets import cached, profiled, warmup_inputs, where_cached
@@ -44,6 +44,7 @@ class TaylorCache(io.ComfyNode):
     def execute(cls, model, **inputs):
         inputs = profiled("Taylor Cache", inputs)
         level = inputs.pop("level")
-        inputs["order"] = allowed_order(inputs["basis"], inputs["order"], inputs["interval"])
+        allowed_order(inputs["basis"], inputs["order"], inputs["interval"])
+        allowed_variable(inputs["basis"], inputs["variable"])
         kind = StackCache if level == "last_block" else OutputCache
         return io.NodeOutput(attach(model, kind(cls.hidden.unique_id, **cached(**inputs))))

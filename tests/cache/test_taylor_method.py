@@ -3,8 +3,9 @@ import math
 import pytest
 import torch
 
-from tessera.methods.cache.taylor import BASES, Forecast, allowed_order, weights
+from tessera.methods.cache.taylor import BASES, Forecast, allowed_order, allowed_variable, weights
 
+EXACT = ("taylor_paper", "newton")  # both continue a line; hermite halves its slope
 IRREGULAR = [1.0, 0.93, 0.8, 0.72, 0.5, 0.41, 0.2]  # falling sigmas
 
 
@@ -65,7 +66,32 @@ def test_newton_is_exact_to_its_degree_on_any_spacing(order, error):
     assert error(beyond.predict(0.0), f(0.0)) > 1e-6
 
 
-@pytest.mark.parametrize("basis", BASES)
+@pytest.mark.parametrize("order", range(5))
+def test_hermite_is_the_differences_under_scaled_hermite_polynomials(order, error):
+    """Written out: H_1 = 2u, H_2 = 4u^2 - 2, H_3 = 8u^3 - 12u, H_4 = 16u^4 - 48u^2 + 12, at u = k / 2."""
+    xs = [0.0, 1.0, 2.0, 8.0, 14.0]
+    features = [torch.randn(3, 5, dtype=torch.float64) for _ in xs]
+    forecast = Forecast(order, "hermite", direction=1)
+    for x, feature in zip(xs, features, strict=True):
+        forecast.update(feature, x)
+    for k in (0.0, 1.0, 4.0):
+        levels, u = [], k / 2
+        for i in range(order + 1):  # D_i: what order i adds to the paper's sum one step ahead
+            last = paper(xs, features, i, xs[-1] + 1) - (paper(xs, features, i - 1, xs[-1] + 1) if i else 0)
+            levels.append(last * math.factorial(i))
+        h = [1.0, 2 * u, 4 * u**2 - 2, 8 * u**3 - 12 * u, 16 * u**4 - 48 * u**2 + 12]
+        want = sum(levels[i] * 0.5**i * h[i] / math.factorial(i) for i in range(order + 1))
+        assert error(forecast.predict(xs[-1] + k), want) < 1e-10
+    assert sum(weights("hermite", xs[::-1], 17.0)) == pytest.approx(1)
+
+
+def test_hermite_counts_steps():
+    assert allowed_variable("hermite", "auto") == "auto" and allowed_variable("newton", "sigma") == "sigma"
+    with pytest.raises(ValueError, match="count steps, not sigmas"):
+        allowed_variable("hermite", "sigma")
+
+
+@pytest.mark.parametrize("basis", EXACT)
 def test_linear_trajectory_is_exact_in_single_precision(basis, error):
     a, b = torch.randn(2, 64, 32)
     forecast = fill(Forecast(1, basis), IRREGULAR, lambda x: a + b * x)
@@ -83,7 +109,7 @@ def test_order_zero_reuses_bit_for_bit(basis, dtype):
     assert torch.equal(got, newest) and got.dtype == dtype
 
 
-@pytest.mark.parametrize("basis", BASES)
+@pytest.mark.parametrize("basis", EXACT)
 def test_weights_sum_to_one_and_return_the_newest_at_its_own_x(basis):
     assert sum(weights(basis, IRREGULAR[4::-1], 0.3)) == pytest.approx(1)
     assert weights(basis, IRREGULAR[4::-1], 0.5) == [1, 0, 0, 0, 0]
@@ -205,7 +231,7 @@ def test_settings_are_checked():
         (lambda: allowed_order("newton", 3, 5), "order 2 or less"),
         (lambda: allowed_order("taylor_paper", 5, 2), "0 to 4, got 5"),
         (lambda: Forecast(-1), "got -1"),
-        (lambda: Forecast(1, "hermite"), "taylor_paper, newton"),
+        (lambda: Forecast(1, "chebyshev"), "taylor_paper, newton, hermite"),
         (lambda: Forecast(1, direction=0), "direction"),
         (lambda: Forecast(1, scale=0.0), "scale"),
     ]:
