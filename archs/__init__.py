@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from ._layout import Arch, Blocks, Grid, Kind, Layout, Place, unpadded
+from ._layout import Arch, Blocks, Grid, Kind, Layout, Modules, Place, unpadded
 
 __all__ = [
-    "Arch", "Blocks", "Grid", "Kind", "Layout", "Place", "all_archs", "block_modules", "find", "layout_of", "obscured",
+    "Arch", "Blocks", "Grid", "Kind", "Layout", "Modules", "Place", "all_archs", "block_modules", "find", "layout_of", "obscured",
 ]  # fmt: skip
 
 _found: dict[tuple[str, str], Arch] = {}

@@ -1,6 +1,6 @@
 """What every architecture file answers: where the image tokens sit in attention, and which blocks form the stack."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -28,6 +28,19 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class Modules:
+    """What a block adds to its streams, module by module, before its gates; and the block without them."""
+
+    owner: str  # class of the block; any other may run them differently
+    paths: tuple[str, ...]  # modules below the block, in running order, each called once: attention and MLP outputs
+    gated: Callable[
+        [Any, Mapping[str, Any], Mapping[str, Any]], Any
+    ]  # (block, arguments of its forward by name, output
+    #   of each path) -> what forward returns, with modulation and gates of these arguments. May write into either
+    sizes: int  # these outputs together, in token sequences of the block
+
+
+@dataclass(frozen=True)
 class Blocks:
     """One list of transformer blocks, in the order in which they run. The model may add control residuals in place to
     what a block returns, so a kept output must be a clone whatever `mutates` says."""
@@ -42,6 +55,7 @@ class Blocks:
     joined: bool = False  # text and image are one sequence in the first stream, ordered as Arch.place says
     axes: str = "BND"  # of the first stream: Batch, Tokens N (or T, H, W apart), Dim
     attention: str = ""  # its self-attention module, where ComfyUI's override does not come: its forward is wrapped
+    modules: Modules | None = None  # None: what its modules add cannot be kept
     stack: bool = True  # False: refiners and other lists outside the residual stack
 
 

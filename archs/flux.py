@@ -1,10 +1,47 @@
 """Flux, Flux 2, Chroma and Chroma Radiance: double blocks with text beside the image, then single blocks over both."""
 
-from ._layout import Arch, Blocks, patched, square
+import torch
+
+from ._layout import Arch, Blocks, Modules, patched, square
 from ._modulate import double_block
 
-DOUBLE = Blocks("double_blocks", ("img", "txt"), "double_block", ("joint",), mutates=True)
-SINGLE = Blocks("single_blocks", ("img",), "single_block", ("joint",), mutates=True, joined=True)
+
+def gated(y: torch.Tensor, gate: torch.Tensor, places) -> torch.Tensor:
+    """y [B, N, D] under its gate [B, 1 or more, D]. places: (start, end, row of the gate) where parts of the tokens are
+    modulated by another timestep; then y itself is written to."""
+    if places is None:
+        return y * gate
+    for start, end, row in places:
+        y[:, start:end] *= gate[:, row : row + 1]
+    return y
+
+
+def finite(x: torch.Tensor) -> torch.Tensor:
+    return torch.nan_to_num(x, nan=0.0, posinf=65504, neginf=-65504) if x.dtype == torch.float16 else x
+
+
+def double(block, given, outputs):
+    """DoubleStreamBlock.forward from its four outputs: img [B, N, D], txt [B, L, D] -> the same."""
+    img, txt, vec = given["img"], given["txt"], given["vec"]
+    of_img, of_txt = (block.img_mod(vec), block.txt_mod(vec)) if block.modulation else vec
+    for module, mod in (("img_attn.proj", of_img[0]), ("img_mlp", of_img[1])):
+        img += gated(outputs[module], mod.gate, given["modulation_dims_img"])
+    for module, mod in (("txt_attn.proj", of_txt[0]), ("txt_mlp", of_txt[1])):
+        txt += gated(outputs[module], mod.gate, given["modulation_dims_txt"])
+    return img, finite(txt)
+
+
+def single(block, given, outputs):
+    """SingleStreamBlock.forward from linear2's output: x [B, L + N, D] -> the same."""
+    x, mod = given["x"], block.modulation(given["vec"])[0] if block.modulation else given["vec"]
+    x += gated(outputs["linear2"], mod.gate, given["modulation_dims"])
+    return finite(x)
+
+
+OF_DOUBLE = Modules("DoubleStreamBlock", ("img_attn.proj", "img_mlp", "txt_attn.proj", "txt_mlp"), double, sizes=2)
+OF_SINGLE = Modules("SingleStreamBlock", ("linear2",), single, sizes=1)
+DOUBLE = Blocks("double_blocks", ("img", "txt"), "double_block", ("joint",), mutates=True, modules=OF_DOUBLE)
+SINGLE = Blocks("single_blocks", ("img",), "single_block", ("joint",), mutates=True, joined=True, modules=OF_SINGLE)
 
 
 def grid(model, x):

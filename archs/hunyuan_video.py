@@ -1,7 +1,8 @@
 """HunyuanVideo 1 and 1.5, HunyuanImage: Flux-like stacks over video tokens."""
 
-from ._layout import Arch, Blocks, patched
+from ._layout import Arch, patched
 from ._modulate import double_block
+from .flux import DOUBLE, SINGLE
 
 
 def grid(model, x):
@@ -21,10 +22,7 @@ ARCHS = (
         "HunyuanVideo",
         "hunyuan_video",
         ("HunyuanVideo",),
-        (
-            Blocks("double_blocks", ("img", "txt"), "double_block", ("joint",), mutates=True),
-            Blocks("single_blocks", ("img",), "single_block", ("joint",), mutates=True, joined=True),
-        ),
+        (DOUBLE, SINGLE),
         grid,
         "prefix",
         rope="pe_embedder",

@@ -1,9 +1,36 @@
 """Qwen-Image and Mage-Flow: double-stream blocks only. Reference latents follow the image."""
 
-from ._layout import Arch, Blocks, patched, square
+import torch
+
+from ._layout import Arch, Blocks, Modules, patched, square
 from ._modulate import under
 
-STACK = (Blocks("transformer_blocks", ("img", "txt"), "double_block", ("joint",)),)
+
+def gated(block, given, outputs):
+    """QwenImageTransformerBlock.forward from its outputs: hidden_states [B, N, D] and encoder_hidden_states [B, L, D] ->
+    (text, image). Where reference tokens are modulated by timestep 0, temb's second half is theirs."""
+    img, txt, temb = given["hidden_states"], given["encoder_hidden_states"], given["temb"]
+    border = given["timestep_zero_index"]
+    of_img = block.img_mod(temb).chunk(6, dim=-1)
+    of_txt = block.txt_mod(temb if border is None else temb.chunk(2, dim=0)[0]).chunk(6, dim=-1)
+    img_attention, txt_attention = outputs["attn"]
+    img = _onto(img, img_attention, of_img[2], border)
+    txt = txt + of_txt[2].unsqueeze(1) * txt_attention
+    img = _onto(img, outputs["img_mlp"], of_img[5], border)
+    txt = torch.addcmul(txt, of_txt[5].unsqueeze(1), outputs["txt_mlp"])
+    return txt, img
+
+
+def _onto(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, border: int | None) -> torch.Tensor:
+    """x + gate y [B, N, D], gate [B, D], or [2B, D] of the tokens before the border and after it."""
+    if border is None:
+        return torch.addcmul(x, gate.unsqueeze(1), y)
+    now, zero = gate.unsqueeze(1).split(gate.shape[0] // 2)
+    return x + torch.cat((y[:, :border] * now, y[:, border:] * zero), dim=1)
+
+
+MODULES = Modules("QwenImageTransformerBlock", ("attn", "img_mlp", "txt_mlp"), gated, sizes=2)
+STACK = (Blocks("transformer_blocks", ("img", "txt"), "double_block", ("joint",), modules=MODULES),)
 
 
 def grid(model, x):

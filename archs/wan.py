@@ -4,7 +4,9 @@ Reference, pose or motion tokens lengthen the sequence: such a call fits no layo
 
 from typing import Any
 
-from ._layout import Arch, Blocks, patched
+import torch
+
+from ._layout import Arch, Blocks, Modules, patched
 from ._modulate import sinusoid
 
 
@@ -13,8 +15,31 @@ def grid(model, x):
     return patched(x, model.patch_size)
 
 
+def repeated(gate: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """A gate [B, T, D] of frames for the tokens of x [B, N, D]; one of all tokens, [B, 1, D], as it is."""
+    if gate.shape[1] == 1 or gate.shape[1] == x.shape[1]:
+        return gate
+    times = -(-x.shape[1] // gate.shape[1])
+    return torch.repeat_interleave(gate, times, dim=1)[:, : x.shape[1]]
+
+
+def gated(block, given, outputs):
+    """WanAttentionBlock.forward from its three outputs: x [B, N, D] -> the same."""
+    x, e, options = given["x"], given["e"], given["transformer_options"]
+    own = block.modulation.to(device=x.device, dtype=x.dtype)
+    e = (own + e).chunk(6, dim=1) if e.ndim < 4 else (own.unsqueeze(0) + e).unbind(2)
+    x = torch.addcmul(x, outputs["self_attn"], repeated(e[2], x))
+    x = x + outputs["cross_attn"]
+    for patch in options.get("patches", {}).get("attn2_patch", ()):
+        x = patch({"x": x, "transformer_options": options})
+    return torch.addcmul(x, outputs["ffn"], repeated(e[5], x))
+
+
+MODULES = Modules("WanAttentionBlock", ("self_attn", "cross_attn", "ffn"), gated, sizes=3)
+
+
 def stack(*calls):
-    return Blocks("blocks", ("img",), "double_block", ("self", *calls))
+    return Blocks("blocks", ("img",), "double_block", ("self", *calls), modules=MODULES)
 
 
 def modulated(model, arguments):

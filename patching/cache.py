@@ -133,7 +133,11 @@ class CacheFeature(Feature):
 
     def held(self, run: Run, elements: int) -> int:
         """Bytes of order + 1 stored outputs of so many elements in every series of evaluations."""
-        if self.cache_device != "gpu" or self.off:
+        return self.needed(run, elements) if self.cache_device == "gpu" else 0
+
+    def needed(self, run: Run, elements: int) -> int:
+        """The same, wherever they are held."""
+        if self.off:
             return 0
         own = run.model.get_dtype_inference()
         size = (own if self.cache_dtype == "model" else getattr(torch, self.cache_dtype)).itemsize

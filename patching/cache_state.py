@@ -137,12 +137,17 @@ class CacheState:
             self.shapes[place] = shape
         return same
 
-    def store(self, run: Run, key, feature: torch.Tensor) -> None:
+    def store(self, run: Run, key, feature: torch.Tensor, measured: bool = True) -> None:
+        """measured: count what is held; many stores in a row count once, by `measure`."""
         key = key, run.clock.series
         if key not in self.histories:
             self.histories[key] = self.forecast()
         self.used[key] = run.clock.evaluation
         self.histories[key].update(feature, self.x(run))
+        if measured:
+            self.measure()
+
+    def measure(self) -> None:
         self.peak_bytes = max(self.peak_bytes, self.bytes_held)
 
     @property

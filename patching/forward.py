@@ -43,6 +43,8 @@ class Forward:
     asked: bool = False  # whether attention came to it
     passed_on: bool = False  # whether it is asking another pack's override
     rotation: Any = None  # the RoPE table that the model told last, where a plan asked for it
+    told: Any = None  # told (module, output) of the block being computed, where someone keeps them
+    outputs: Any = None  # module -> its output for the block being entered, where they are known already
     calls: dict[Any, int] = field(default_factory=dict)  # attention calls met, by block
 
     timestep: torch.Tensor | None = None  # what the diffusion model was given, where it has a wrapper

@@ -84,7 +84,7 @@ def _feature(
     if level == "output":
         if gate_on == "all_rows":
             raise ValueError(f"{NAME} judges one prompt at level output. Set gate_on to first_stream or max.")
-        return OutputCache(node, gate=lambda run: lambda: Predicted(threshold, gate_on), **settings)
+        return OutputCache(node, gate=lambda run: lambda: Predicted(threshold, gate_on), copies=3, **settings)
     judged = CacheFeature(node, **{**settings, "order": first_order})
 
     def gate(run):

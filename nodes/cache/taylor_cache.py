@@ -2,9 +2,12 @@ from comfy_api.latest import io
 
 from ...methods.cache.taylor import BASES, MAX_ORDER, allowed_order, allowed_variable
 from ...patching.cache_blocks import StackCache
+from ...patching.cache_each import ModuleCache, ResidualCache
 from ...patching.cache_output import OutputCache
 from ...patching.cache_widgets import cached, profiled, warmup_inputs, where_cached
 from ...patching.run import attach
+
+LEVELS = {"last_block": StackCache, "block_residual": ResidualCache, "module": ModuleCache, "output": OutputCache}
 
 
 class TaylorCache(io.ComfyNode):
@@ -26,9 +29,10 @@ class TaylorCache(io.ComfyNode):
                     tooltip="Order of the forecast. 0 reuses the last output, 1 continues its slope. Higher follows curves "
                             "but may overshoot; holds order + 1 outputs per prompt in memory."),
                 *warmup_inputs(),
-                io.Combo.Input("level", options=["last_block", "output"],
+                io.Combo.Input("level", options=list(LEVELS),
                     tooltip="What is forecast: the output of the last transformer block (the final layer still sees the true "
-                            "timestep), or the model's whole prediction (least memory, works on unknown models too)."),
+                            "timestep), what each block adds, the attention and MLP outputs in every block (both hold many "
+                            "times more memory), or the model's whole prediction (least memory, works on unknown models too)."),
                 io.Combo.Input("basis", options=list(BASES), advanced=True,
                     tooltip="taylor_paper is TaylorSeer's form. newton is exact for polynomials but swings more; order 3 and 4 need interval 3 or less."),
                 io.Combo.Input("variable", options=["auto", "step", "sigma"], advanced=True,
@@ -46,5 +50,4 @@ class TaylorCache(io.ComfyNode):
         level = inputs.pop("level")
         allowed_order(inputs["basis"], inputs["order"], inputs["interval"])
         allowed_variable(inputs["basis"], inputs["variable"])
-        kind = StackCache if level == "last_block" else OutputCache
-        return io.NodeOutput(attach(model, kind(cls.hidden.unique_id, **cached(**inputs))))
+        return io.NodeOutput(attach(model, LEVELS[level](cls.hidden.unique_id, **cached(**inputs))))
