@@ -57,6 +57,14 @@ class Blocks:
     attention: str = ""  # its self-attention module, where ComfyUI's override does not come: its forward is wrapped
     modules: Modules | None = None  # None: what its modules add cannot be kept
     stack: bool = True  # False: refiners and other lists outside the residual stack
+    per_token: Mapping[str, tuple[int, int]] | None = (
+        None  # arguments beside the streams that may hold something for each
+    )
+    #   token: (axis, dimensions of the tensor where it does). The axis has the tokens of the attention call, those of
+    #   the image stream, or an entry for several in a row. None: not known
+
+
+PE = {"pe": (2, 6)}  # rotations [B, 1, N, D / 2, 2, 2] of all tokens of the attention call
 
 
 def unpadded(_: Any) -> int:

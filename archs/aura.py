@@ -14,8 +14,8 @@ ARCHS = (
         "aura",
         ("MMDiT",),
         (
-            Blocks("double_layers", ("img", "txt"), "double_block", ("joint",)),
-            Blocks("single_layers", ("img",), "single_block", ("joint",), joined=True),
+            Blocks("double_layers", ("img", "txt"), "double_block", ("joint",), per_token={}),
+            Blocks("single_layers", ("img",), "single_block", ("joint",), joined=True, per_token={}),
         ),
         grid,
         "prefix",

@@ -2,7 +2,7 @@
 
 import torch
 
-from ._layout import Arch, Blocks, Modules, patched, square
+from ._layout import PE, Arch, Blocks, Modules, patched, square
 from ._modulate import double_block
 
 
@@ -40,8 +40,12 @@ def single(block, given, outputs):
 
 OF_DOUBLE = Modules("DoubleStreamBlock", ("img_attn.proj", "img_mlp", "txt_attn.proj", "txt_mlp"), double, sizes=2)
 OF_SINGLE = Modules("SingleStreamBlock", ("linear2",), single, sizes=1)
-DOUBLE = Blocks("double_blocks", ("img", "txt"), "double_block", ("joint",), mutates=True, modules=OF_DOUBLE)
-SINGLE = Blocks("single_blocks", ("img",), "single_block", ("joint",), mutates=True, joined=True, modules=OF_SINGLE)
+DOUBLE = Blocks(
+    "double_blocks", ("img", "txt"), "double_block", ("joint",), mutates=True, modules=OF_DOUBLE, per_token=PE
+)
+SINGLE = Blocks(
+    "single_blocks", ("img",), "single_block", ("joint",), mutates=True, joined=True, modules=OF_SINGLE, per_token=PE
+)
 
 
 def grid(model, x):

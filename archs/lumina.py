@@ -37,7 +37,7 @@ ARCHS = (
         ("NextDiT", "NextDiTPixelSpace"),
         (
             Blocks("noise_refiner", ("x",), positions=(0,), stack=False),
-            Blocks("layers", ("x",), calls=("joint",), positions=(0,), joined=True),
+            Blocks("layers", ("x",), calls=("joint",), positions=(0,), joined=True, per_token={"freqs_cis": (1, 6)}),
         ),
         grid,
         "prefix",

@@ -1,8 +1,10 @@
 """Qwen-Image and Mage-Flow: double-stream blocks only. Reference latents follow the image."""
 
+from dataclasses import replace
+
 import torch
 
-from ._layout import Arch, Blocks, Modules, patched, square
+from ._layout import PE, Arch, Blocks, Modules, patched, square
 from ._modulate import under
 
 
@@ -30,7 +32,7 @@ def _onto(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, border: int | No
 
 
 MODULES = Modules("QwenImageTransformerBlock", ("attn", "img_mlp", "txt_mlp"), gated, sizes=2)
-STACK = (Blocks("transformer_blocks", ("img", "txt"), "double_block", ("joint",), modules=MODULES),)
+STACK = Blocks("transformer_blocks", ("img", "txt"), "double_block", ("joint",), modules=MODULES)
 
 
 def grid(model, x):
@@ -51,7 +53,7 @@ ARCHS = (
         "Qwen-Image",
         "qwen_image",
         ("QwenImageTransformer2DModel",),
-        STACK,
+        (replace(STACK, per_token=PE),),
         grid,
         "prefix",
         rope="pe_embedder",
@@ -59,5 +61,5 @@ ARCHS = (
         rotates=True,
         modulated=modulated,
     ),
-    Arch("Mage-Flow", "mage_flow", ("MageFlowTransformer2DModel",), STACK, grid, "prefix", rope="pe_embedder"),
+    Arch("Mage-Flow", "mage_flow", ("MageFlowTransformer2DModel",), (STACK,), grid, "prefix", rope="pe_embedder"),
 )

@@ -21,7 +21,7 @@ ARCHS = (
         "Stable Diffusion 3",
         "modules.diffusionmodules.mmdit",
         ("OpenAISignatureMMDITWrapper",),
-        (Blocks("joint_blocks", ("img", "txt"), "double_block", ("joint", "self")),),
+        (Blocks("joint_blocks", ("img", "txt"), "double_block", ("joint", "self"), per_token={}),),
         grid,
         "prefix",
         wrapper=False,

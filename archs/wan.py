@@ -2,6 +2,7 @@
 
 Reference, pose or motion tokens lengthen the sequence: such a call fits no layout."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -38,8 +39,11 @@ def gated(block, given, outputs):
 MODULES = Modules("WanAttentionBlock", ("self_attn", "cross_attn", "ffn"), gated, sizes=3)
 
 
-def stack(*calls):
-    return Blocks("blocks", ("img",), "double_block", ("self", *calls), modules=MODULES)
+PER_TOKEN = {"pe": (1, 6), "vec": (1, 4)}  # rotations, and time steps where frames or tokens have their own
+
+
+def stack(*calls, per_token: Mapping[str, tuple[int, int]] | None = PER_TOKEN):
+    return Blocks("blocks", ("img",), "double_block", ("self", *calls), modules=MODULES, per_token=per_token)
 
 
 def modulated(model, arguments):
@@ -94,7 +98,7 @@ ARCHS = (
         "Wan S2V",
         "wan",
         ("WanModel_S2V",),
-        (stack("cross"),),
+        (stack("cross", per_token=None),),
         grid,
         **ROPE,
         notes="Audio attention runs between blocks; reference and motion follow the video.",
@@ -103,7 +107,7 @@ ARCHS = (
         "Wan HuMo",
         "wan",
         ("HumoWanModel",),
-        (stack("cross", "other"),),
+        (stack("cross", "other", per_token=None),),
         grid,
         **ROPE,
         notes="Third call: audio, by frame.",
@@ -112,7 +116,7 @@ ARCHS = (
         "Wan, animated",
         "wan",
         ("AnimateWanModel", "SCAILWanModel", "SCAIL2WanModel", "WanDancerModel"),
-        (stack(IMAGE, "cross"),),
+        (stack(IMAGE, "cross", per_token=None),),
         grid,
         **ROPE,
         notes="Face, audio and music attention run between blocks.",

@@ -12,7 +12,7 @@ from typing import Any
 from .. import archs
 from ..methods.attention.call import Answer, AttentionCall, AttentionMethod, Decline
 from . import prewarm, rivals
-from .attention_around import around, arounds, block_of, options_of, stack_of
+from .attention_around import around, arounds, block_of, keepers, options_of, stack_of, with_keys
 from .blocks import eager, positions
 from .convention import unpack
 from .memory import grid_of, stream_elements
@@ -178,7 +178,7 @@ def _plans(forward) -> list[AttentionFeature]:
 def install(forward, options: dict[str, Any]) -> None:
     """Puts the dispatcher into this call's options; what it finds there becomes the fallback."""
     plans, arch = _plans(forward), forward.run.arch
-    if not (plans or arounds(forward)) or arch is None:
+    if not (plans or arounds(forward) or keepers(forward)) or arch is None:
         return
     if arch.override:
         forward.override = options[OVERRIDE] = eager(_hook(forward, plans, options.get(OVERRIDE)), options)
@@ -211,6 +211,8 @@ def _hook(forward, plans: list[AttentionFeature], earlier: Callable | None):
     hook = _dispatcher(forward, plans, earlier)
     for feature in arounds(forward):
         hook = around(forward, feature, hook)
+    for keeper in keepers(forward):
+        hook = with_keys(forward, keeper, hook)
     return hook
 
 

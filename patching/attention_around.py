@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from .blocks import BlockPosition, positions
-from .convention import NAMES
+from .convention import NAMES, unpack
 from .run import Feature
 
 
@@ -41,6 +41,36 @@ def around(forward, feature: AroundAttention, dispatch):
         forward.asked = True
         q = kwargs["q"] if "q" in kwargs else args[NAMES.index("q")]
         return feature.around_call(forward.run.states[feature], forward, block, nth, q, proceed)
+
+    return hook
+
+
+class KeyFeature(Feature):
+    """A feature that may change what the blocks of the stack attend to, before anything else sees the call."""
+
+    def around_keys(self, state: Any, forward: Any, q, k, v, mask) -> tuple[Any, Any, Any] | None:
+        """q [B, H, N, D], k, v [B, Hkv, M, D], mask 4-D or None -> other k, v and mask for the same queries; None: as
+        they are. Asked for every attention call while forward.block is computed."""
+        return None
+
+
+def keepers(forward) -> list[KeyFeature]:
+    return [f for f in forward.run.acting if isinstance(f, KeyFeature)]
+
+
+def with_keys(forward, keeper: KeyFeature, dispatch):
+    """The dispatcher behind a feature that gives it keys, values and a mask."""
+
+    def hook(func, *args, **kwargs):
+        if forward.block is None or forward.passed_on:
+            return dispatch(func, *args, **kwargs)
+        q, k, v, mask, _ = unpack(args, kwargs)
+        changed = keeper.around_keys(forward.run.states[keeper], forward, q, k, v, mask)
+        if changed is None:
+            return dispatch(func, *args, **kwargs)
+        given = {**dict(zip(NAMES, args, strict=False)), **kwargs, "mask": changed[2], "skip_reshape": True}
+        rest = {name: value for name, value in given.items() if name not in NAMES[:4]}
+        return dispatch(func, q, *changed[:2], given["heads"], **rest)
 
     return hook
 

@@ -115,7 +115,8 @@ def _replace_hook(forward, block: BlockPosition, earlier):
         forward.arguments = args
 
         def compute(streams):
-            call = {**args, **dict(zip(names, streams, strict=True))}
+            given = {name: forward.given.get(name, value) for name, value in args.items()}
+            call = {**given, **dict(zip(names, streams, strict=True))}
             out = earlier(call, extra, *rest, **unknown) if earlier is not None else extra["original_block"](call)
             shape.update(out)
             return tuple(out.get(name, call[name]) for name in names)
@@ -126,12 +127,21 @@ def _replace_hook(forward, block: BlockPosition, earlier):
     return hook
 
 
+def _names(function) -> tuple[str, ...]:
+    """The names of a forward's positional arguments, empty where it hides them."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    try:
+        return tuple(p.name for p in inspect.signature(function).parameters.values() if p.kind in kinds)
+    except (TypeError, ValueError):
+        return ()
+
+
 class WrappedForward:
     """Stands in for a block's forward where the architecture offers no replace hook. Inert outside our runs."""
 
     def __init__(self, original, block: BlockPosition):
         self.original, self.block = original, block
-        self.names = tuple(inspect.signature(original).parameters)
+        self.names = _names(original)
 
     def __call__(self, *args, **kwargs):
         forward = current_forward.get()
@@ -141,12 +151,14 @@ class WrappedForward:
         places = dict(zip(spec.streams, spec.positions, strict=False))
         streams = tuple(kwargs[n] if n in kwargs else args[places[n]] for n in spec.streams)
         single = []
-        named_args = dict(zip(self.names, args, strict=False))
-        forward.arguments = {**named_args, **kwargs, **dict(zip(spec.streams, streams, strict=True))}
+        told = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        forward.arguments = {**told, **dict(zip(spec.streams, streams, strict=True))}
+        places = {name: at for at, name in enumerate(self.names[: len(args)])} | places
 
         def compute(values):
             positional, named = list(args), dict(kwargs)
-            for name, value in zip(spec.streams, values, strict=True):
+            given = {name: value for name, value in forward.given.items() if name in told}
+            for name, value in [*given.items(), *zip(spec.streams, values, strict=True)]:
                 if name in named:
                     named[name] = value
                 else:

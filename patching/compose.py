@@ -6,7 +6,7 @@ from .. import archs
 def check(present, feature, model) -> None:
     """At node execution: ValueError where the new feature cannot join the features on this MODEL."""
     for other in present:
-        conflict = feature.conflicts(other)
+        conflict = feature.conflicts(other) or other.conflicts(feature)
         if conflict:
             raise ValueError(conflict)
     arch = archs.find(model.model.diffusion_model)

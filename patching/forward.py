@@ -35,6 +35,7 @@ class Forward:
     grid: tuple[int, int, int] | None = None
     diffusion_model: Any = None
     arguments: dict[str, Any] = field(default_factory=dict)  # what the block being entered was given, by name
+    given: dict[str, Any] = field(default_factory=dict)  # what the block being computed gets in place of its arguments
     control: Any = None  # residuals of ControlNets for this call, lists by name
     obscured: bool = False  # a condition of this call makes the token layout unknown
     block: Any = None  # the BlockPosition being computed, where hooks tell
