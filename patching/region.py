@@ -62,7 +62,8 @@ class RegionFeature(ModelFeature, BlockFeature, KeyFeature):
             plan = [not d for d in dense]
         else:
             plan = sparse_steps(steps, self.start_step, self.reset_every, self.reset_steps)
-        return RegionState([s and sigma >= end for s, sigma in zip(plan, run.clock.sigmas, strict=False)])
+        sigmas = run.clock.sigmas
+        return RegionState([s and i < len(sigmas) and sigmas[i] >= end for i, s in enumerate(plan)])
 
     def check_arch(self, arch, class_name: str) -> None:
         if arch is None:
@@ -162,8 +163,10 @@ class RegionFeature(ModelFeature, BlockFeature, KeyFeature):
 
     def _whole(self, state: RegionState, lane: Lane) -> bool:
         """Whether region_mask, if there is one, lies on this lane's picture: a prompt for a part has a smaller one."""
+        if self.region_mask is None or lane.grid is None:
+            return True
         others = [other.grid for other in state.lanes.values() if other.grid is not None]
-        return self.region_mask is None or all(lane.grid[-2:] >= grid[-2:] for grid in others if lane.grid)
+        return all(lane.grid[1] >= h and lane.grid[2] >= w for _, h, w in others)
 
     def _settle(self, state: RegionState, call: Call, forward: Forward, x, sigma, made):
         """The prediction put together, and what the next step needs of it."""

@@ -5,7 +5,7 @@ import { digits, list, number, object, svg, text } from "./dom.mjs?v=0.1.0";
 const HEIGHT = 18; // of a strip, in its own units; the style sheet scales it
 const CELL = 10;
 const WIDEST = 18; // pixels that a cell may take
-const BARS = { full: 1, forecast: 0.55, reuse: 0.3 };
+const BARS = { full: 1, region: 0.75, forecast: 0.55, reuse: 0.3 };
 const CURVE = { width: 300, height: 84, left: 40, right: 6, top: 8, bottom: 18 };
 
 /**

@@ -14,9 +14,11 @@ from nodes_helper import Job, error, facts, model_of, run_node, taylor
 from tiny_models import conds
 
 from tessera import archs
+from tessera.archs.wan import PER_TOKEN
 from tessera.methods.cache.region import Choice, ages, latent_mask, measure
 from tessera.nodes.attention.local_window_attention import LocalWindowAttention
 from tessera.nodes.cache.region_adaptive_sampling import RegionAdaptiveSampling
+from tessera.patching.region_rows import Place, gathered
 from tessera.patching.region_state import Call, Lane, RegionState, Rows
 from tessera.patching.run import Run
 
@@ -328,6 +330,45 @@ def test_controlnet():
     assert error(job(ras(model, reset_every=0, region_mask=torch.ones(1, 8, 8))), want) < 1e-5
     some = job(ras(model))
     assert error(some, want) < 0.5 < 5 * error(want, Job(spec)(model))
+
+
+def referring(spec, method: str | None):
+    """Conditions with a reference picture, whose tokens follow the image."""
+    reference = torch.randn(*spec.latent[:-2], 4, 6, generator=torch.Generator().manual_seed(8))
+    more = {"reference_latents": [reference], **({"reference_latents_method": method} if method else {})}
+    return ([[c, {**extra, **more}] for c, extra in side] for side in conds(spec))
+
+
+@pytest.mark.parametrize("name", ["flux", "qwen_image"])
+def test_reference_tokens_are_always_computed(name):
+    model, spec = model_of(name)
+    positive, negative = referring(spec, None)
+    job = Job(spec, positive=positive, negative=negative)
+    want = job(model)
+    assert error(want, Job(spec)(model)) > 1e-4  # the reference is seen
+    assert error(job(ras(model, reset_every=0, region_mask=torch.ones(1, 8, 8))), want) < 1e-5
+    some = ras(model)
+    assert error(job(some), want) < 0.5 and steps(some) == "ffrrfrrf"
+
+
+@pytest.mark.parametrize("name", ["qwen_image", "hunyuan_video"])
+def test_tokens_with_a_time_step_of_their_own_are_computed_in_full(name):
+    """Qwen-Image's references at time 0; a first frame that HunyuanVideo is given."""
+    model, spec = model_of(name)
+    guided = {"guiding_frame_index": 0} if name == "hunyuan_video" else {}
+    positive, negative = ([[c, {**e, **guided}] for c, e in side] for side in referring(spec, "index_timestep_zero"))
+    job, patched = Job(spec, positive=positive, negative=negative), ras(model)
+    assert torch.equal(job(patched), job(model)) and steps(patched) == "f" * 8
+    assert set(told(patched)["computed_in_full"]) == {"some tokens have a time step of their own"}
+
+
+@pytest.mark.parametrize("entries", [2, 6, 12])
+def test_time_steps_of_frames_follow_their_tokens(entries):
+    """Wan's modulation for each of 2 frames, for several tokens in a row, and for every token, of 12."""
+    vec, rows = torch.randn(2, entries, 6, 4), torch.tensor([[0, 5, 6, 11], [1, 2, 3, 7]])
+    place = Place(12, 0, 12, 0, 12)
+    got = gathered({"pe": None, "vec": vec}, PER_TOKEN, place, rows, rows, torch.empty(2, 12, 4))["vec"]
+    assert torch.equal(got, torch.stack([vec.repeat_interleave(12 // entries, 1)[b, rows[b]] for b in range(2)]))
 
 
 def test_context_windows():
