@@ -22,7 +22,8 @@ from ..methods.cache.region import (
     sparse_steps,
 )
 from ..methods.cache.schedule import Schedule
-from .attention import AttentionFeature, KeyFeature
+from .attention import AttentionFeature
+from .attention_around import KeyFeature
 from .blocks import BlockFeature, BlockPosition, Streams, positions
 from .cache import EASYCACHE, CacheFeature
 from .clear_weights import ClearFeature
