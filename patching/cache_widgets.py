@@ -9,6 +9,7 @@ from .widgets import percents
 
 ScheduleSocket = io.Custom("TESSERA_SCHEDULE")  # methods/cache/schedule.py: Schedule
 ProfileSocket = io.Custom("TESSERA_PROFILE")  # methods/cache/profile.py: Profile
+CalibrationSocket = io.Custom("TESSERA_CACHE_CALIBRATION")  # methods/cache/calibration.py: Calibration
 
 
 def where_cached() -> list[Any]:
