@@ -16,30 +16,30 @@ from .run import Run
 log = logging.getLogger("tessera")
 KEPT = 1 << 18  # numbers of each tensor that a gate looks at
 LOW, HIGH, STEPS = 1e-4, 4.0, 64  # thresholds that are replayed
-THRESHOLD = "threshold"
 
 
-def threshold_of(feature: CacheFeature) -> float | None:
-    """The threshold that decides for this cache; None where none does."""
-    for owner in (feature, feature.gate):
-        found = (
-            owner.keywords.get(THRESHOLD) if isinstance(owner, functools.partial) else getattr(owner, THRESHOLD, None)
-        )
-        if isinstance(found, int | float) and not isinstance(found, bool):
-            return float(found)
-    return None
+@dataclasses.dataclass(frozen=True)
+class AtThreshold:
+    """A gate's setup, of whose gates `threshold` is another one."""
+
+    setup: Any
+    threshold: float
+
+    def __call__(self, run: Run) -> MakeGate | None:
+        make = self.setup(run)
+        return None if make is None else functools.partial(_made, make, self.threshold)
+
+
+def _made(make: MakeGate, threshold: float) -> Gate:
+    gate = make()
+    gate.threshold = threshold  # type: ignore[attr-defined]
+    return gate
 
 
 def with_threshold(feature: CacheFeature, value: float) -> CacheFeature:
-    """The same cache at another threshold, which its own field, its gate's or a partial's keyword holds."""
-    if any(field.name == THRESHOLD for field in dataclasses.fields(feature)):
-        return dataclasses.replace(feature, **{THRESHOLD: value})
-    gate: Any = feature.gate
-    if isinstance(gate, functools.partial):
-        gate = functools.partial(gate.func, *gate.args, **{**gate.keywords, THRESHOLD: value})
-    else:
-        gate = dataclasses.replace(gate, **{THRESHOLD: value})
-    return dataclasses.replace(feature, gate=gate)
+    """The same cache at another threshold."""
+    setup = feature.gate.setup if isinstance(feature.gate, AtThreshold) else feature.gate
+    return dataclasses.replace(feature, gate=AtThreshold(setup, value))
 
 
 def ladder() -> list[float]:
@@ -78,8 +78,9 @@ class GateReplay:
     def __init__(self, feature: CacheFeature):
         self.feature = feature
         self.looks: list[Look] = []
-        self.makes: dict[float, MakeGate | None] = {}
+        self.make: MakeGate | None = None
         self.steps = 0
+        self.threshold: float | None = None  # the cache's own; None where its gate has none
         self.window = (0.0, 0.0)
 
     def recording(self) -> CacheFeature:
@@ -90,21 +91,19 @@ class GateReplay:
         self.steps = run.clock.steps
         start, end = (run.percent_to_sigma(p) for p in self.feature.percents)
         self.window = start, end
-        for value in ladder():
-            setup = with_threshold(self.feature, value).gate
-            self.makes[value] = None if setup is None else setup(run)
+        self.make = self.feature.gate(run) if self.feature.gate is not None else None
+        self.threshold = None if self.make is None else getattr(self.make(), "threshold", None)
         looks = [self.looks]  # of further context windows nothing is kept
         return lambda: Watcher(looks.pop() if looks else [])
 
     def mask(self, value: float) -> tuple[bool, ...]:
         """Whether the first evaluation of each step would be computed."""
-        make = self.makes[value]
         feature = self.feature
         cadence = Cadence(feature.interval, feature.warmup, feature.tail_full, feature.multi_eval, self.window)
         computed = [True] * self.steps
-        if make is None:
+        if self.make is None:
             return tuple(computed)
-        gate, last, met = make(), None, set()
+        gate, last, met = _made(self.make, value), None, set()
         for look in self.looks:
             seen = look.seen
             forced = cadence.computes(seen.step, seen.evaluation, self.steps, last, sigma=seen.sigma)
@@ -121,7 +120,7 @@ class GateReplay:
     def masks(self) -> dict[float, tuple[bool, ...]]:
         """By threshold; empty, and said so, where what was thinned is not enough for this gate."""
         try:
-            return {value: self.mask(value) for value in self.makes}
+            return {value: self.mask(value) for value in ladder()}
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             log.warning("Solve Threshold: %s cannot be replayed (%s); real runs alone tell.", self.feature.name, error)
             return {}

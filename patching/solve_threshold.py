@@ -17,13 +17,14 @@ from ..methods.cache.schedule import Schedule
 from ..methods.cache.solver import Goal, best, by_schedule, by_threshold
 from .cache import CacheFeature
 from .cache_blocks import StackCache
-from .gate_replay import HIGH, LOW, GateReplay, threshold_of, with_threshold
+from .gate_replay import HIGH, LOW, GateReplay, with_threshold
 from .run import FEATURES, features_of, sampler_name
 from .sampling import Job, Outcome, Progress, metered, sample
 from .sizes import fingerprint
 
 NAME = "Solve Threshold"
 KEPT = 1 << 15  # numbers of each picture's predictions that are kept of every step
+NO_THRESHOLD = "{} decides by no threshold. Set knob to schedule."
 KNOBS = ("auto", "threshold", "schedule")
 
 
@@ -126,10 +127,15 @@ def solve(model: Any, job: Job, asked: Asked) -> tuple[Any, Profile, list[str], 
     progress = Progress(steps * asked.seeds * (1 + asked.rounds))
     replayed = GateReplay(feature) if knob == "threshold" else None
     plain = _plain_runs(model, feature, job, asked.seeds, progress, replayed)
+    if replayed is not None and replayed.threshold is None:
+        if asked.knob == "threshold":
+            raise ValueError(NO_THRESHOLD.format(feature.name))
+        knob, replayed = "schedule", None
     replay = _replay(model, feature, job, plain)
     tried: list[Tried] = []
 
     def run(setting: Any) -> Measured:
+        setting = round(setting, 6) if knob == "threshold" else setting  # as the profile tells it
         new = with_threshold(feature, setting) if knob == "threshold" else _scheduled(feature, setting, job)
         new = dataclasses.replace(new, profile=None, schedule=None if knob == "threshold" else new.schedule)
         found = _measure(model, feature, new, plain, progress, steps)
@@ -137,7 +143,7 @@ def solve(model: Any, job: Job, asked: Asked) -> tuple[Any, Profile, list[str], 
         return found
 
     if replayed is not None:
-        guess = _guess(asked.goal, replay, replayed, threshold_of(feature) or LOW)
+        guess = _guess(asked.goal, replay, replayed, replayed.threshold or LOW)
         by_threshold(asked.goal, guess, run, asked.rounds, LOW, HIGH)
     else:
         masks = replay.schedules(min(max(feature.warmup, 1), steps - 2), min(feature.tail_full, steps - 2))
@@ -149,9 +155,12 @@ def solve(model: Any, job: Job, asked: Asked) -> tuple[Any, Profile, list[str], 
 
 
 def _knob(feature: CacheFeature, knob: str) -> str:
-    has = feature.gate is not None and threshold_of(feature) is not None
+    """threshold where a gate decides; whether it has one shows when it is made."""
+    has = feature.gate is not None
     if knob == "threshold" and not has:
-        raise ValueError(f"{feature.name} decides by no threshold. Set knob to schedule.")
+        raise ValueError(NO_THRESHOLD.format(feature.name))
+    if has and feature.off and knob != "schedule":
+        raise ValueError(f"{feature.name} is off. Set its threshold above 0, so that {NAME} may change it.")
     return ("threshold" if has else "schedule") if knob == "auto" else knob
 
 
@@ -224,7 +233,7 @@ def _guess(goal: Goal, replay: Replay, replayed: GateReplay, own: float) -> floa
 def _profile(model: Any, job: Job, knob: str, chosen: Tried, asked: Asked) -> Profile:
     feature, found = chosen.feature, chosen.found
     if knob == "threshold":
-        inputs: dict[str, Any] = {"threshold": round(float(chosen.setting), 6)}
+        inputs: dict[str, Any] = {"threshold": chosen.setting}
     else:
         assert feature.schedule is not None
         inputs = {"schedule": json.loads(feature.schedule.to_json())}

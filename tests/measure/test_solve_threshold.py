@@ -1,6 +1,5 @@
 """Solve Threshold on tiny models, and its profile from there to a file, to a cache node and to a run."""
 
-import dataclasses
 import json
 import re
 from pathlib import Path
@@ -51,16 +50,10 @@ class Moved(Gate):
         return full
 
 
-@dataclasses.dataclass(frozen=True)
-class MovedGate:
-    threshold: float = 0.3
-
-    def __call__(self, run):
-        return (lambda: Moved(self.threshold)) if self.threshold > 0 else None
-
-
 def gated(model, kind=OutputCache, threshold=0.3):
-    return attach(model, kind("9", "Moved Cache", warmup=1, interval=1 << 20, gate=MovedGate(threshold)))
+    return attach(
+        model, kind("9", "Moved Cache", warmup=1, interval=1 << 20, gate=lambda run: lambda: Moved(threshold))
+    )
 
 
 def off_by(model, made, spec, steps=8, seeds=(7, 8)):
