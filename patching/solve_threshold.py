@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..methods.cache.profile import Profile
@@ -207,7 +206,8 @@ def _measure(model, old: CacheFeature, new: CacheFeature, plain: Plain, progress
         if number == 0:
             mask = _mask(facts, steps)
     seeds = len(plain.jobs)
-    return Measured(mask, np.asarray(errors), np.asarray(runs), full / seeds, total / seeds)
+    every, whole = (torch.tensor(rows, dtype=torch.float64).numpy() for rows in (errors, runs))
+    return Measured(mask, every, whole, full / seeds, total / seeds)
 
 
 def _facts(outcome: Outcome, feature: CacheFeature) -> dict[str, Any]:

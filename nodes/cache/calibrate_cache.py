@@ -36,6 +36,7 @@ class CalibrateCache(io.ComfyNode):
                 io.Latent.Output(display_name="latent", tooltip="The result of this run, which is the plain one."),
             ],
             hidden=[io.Hidden.unique_id],
+            not_idempotent=True,  # its id is on the run that it records
         )  # fmt: skip
 
     @classmethod

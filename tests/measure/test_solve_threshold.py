@@ -1,8 +1,6 @@
 """Solve Threshold on tiny models, and its profile from there to a file, to a cache node and to a run."""
 
-import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -178,16 +176,3 @@ def test_what_is_refused(output):
     with pytest.raises(ValueError, match="without a folder"):
         solve(model, spec, taylor(model), name="../x")
     assert not (output / "tessera_profiles").exists()
-    with pytest.raises(ValueError, match="no profile '../x'|without a folder"):
-        LoadCacheProfile.execute("../x")
-
-
-def test_a_profile_file_is_small_and_json(output):
-    profile = Profile("Taylor Cache", {"schedule": {"format": "x"}}, "m", "s", 3)
-    folder = Path(folder_paths.get_output_directory()) / "tessera_profiles"
-    folder.mkdir()
-    (folder / "broken.json").write_text(json.dumps({"a": 1}))
-    with pytest.raises(ValueError, match="This is no cache profile"):
-        run_node(LoadCacheProfile, profile="broken.json")
-    with pytest.raises(ValueError, match="This is no cache schedule"):
-        taylor(model_of("flux")[0], profile=profile)
