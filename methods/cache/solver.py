@@ -12,7 +12,7 @@ STEADY = 0.6  # part of the tolerance that runs may spread by
 WIDE = 6  # candidates whose neighbours are looked at
 HOPELESS = 0.25  # by how much (log) an estimate may miss the wanted error and still be worth a real run
 UNSURE = 0.03  # what an estimate is worth less (log) for each step that differs from the nearest real run
-TRIES = 3  # real runs for one number of steps at the start
+TRIES = 5  # real runs for one number of steps at the start
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def by_schedule(
     low, high = min(map(head, masks)), max(map(head, masks))
     while len(found) < rounds and low <= high:
         level = (low + high) // 2
-        met, short = None, False
+        met, short, over = None, False, False
         for _ in range(min(TRIES, rounds - len(found))):
             mask = _nearest(goal, replay, masks, level, [m for m, _ in found])
             if mask is None:
@@ -80,8 +80,8 @@ def by_schedule(
             if goal.met(found[-1][1]):
                 met = found[-1][1]
                 break
-            short = goal.off(found[-1][1]) < 0
-        if (met is not None and goal.steady(met)) or (met is None and short):
+            short, over = short or goal.off(found[-1][1]) < 0, over or goal.off(found[-1][1]) > 0
+        if (met is not None and goal.steady(met)) or (met is None and short and not over):
             high = level - 1
         else:
             low = level + 1

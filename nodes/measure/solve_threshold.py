@@ -47,7 +47,7 @@ class SolveThreshold(io.ComfyNode):
                     tooltip="What is set: the cache's threshold, or a schedule of computed steps. auto takes the threshold where the cache has one."),
                 io.Int.Input("seeds", default=4, min=1, max=16, advanced=True,
                     tooltip="Seeds that every setting is run with. More carry over better to other seeds and take longer."),
-                io.Int.Input("rounds", default=8, min=1, max=32, advanced=True,
+                io.Int.Input("rounds", default=10, min=1, max=32, advanced=True,
                     tooltip="Most settings that are really run. More come nearer and take longer."),
                 io.String.Input("name", default="",
                     tooltip="Saves the profile as output/tessera_profiles/<name>.json for Load Cache Profile; an earlier one of that name is replaced. Empty saves nothing."),
