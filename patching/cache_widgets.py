@@ -1,14 +1,17 @@
 """The inputs that every cache node shares, under the same names, and their meaning."""
 
+import json
 from typing import Any
 
 from comfy_api.latest import io
 
 from ..methods.cache.profile import Profile
+from ..methods.cache.schedule import Schedule
 from .widgets import percents
 
 ScheduleSocket = io.Custom("TESSERA_SCHEDULE")  # methods/cache/schedule.py: Schedule
 ProfileSocket = io.Custom("TESSERA_PROFILE")  # methods/cache/profile.py: Profile
+CalibrationSocket = io.Custom("TESSERA_CACHE_CALIBRATION")  # methods/cache/calibration.py: Calibration
 
 
 def where_cached() -> list[Any]:
@@ -52,13 +55,17 @@ def cached(start_percent: float, end_percent: float, cache_with_control: bool = 
 
 
 def profiled(name: str, inputs: dict[str, Any]) -> dict[str, Any]:
-    """A node's inputs after its profile. ValueError where the profile is another node's or sets what it has not."""
+    """A node's inputs after its profile. ValueError where the profile is another node's or sets what it has not. Every
+    cache has a schedule, also where none is connected."""
     profile: Profile | None = inputs.get("profile")
     if profile is None:
         return inputs
-    unknown = sorted({*profile.inputs} - {*inputs})
+    unknown = sorted({*profile.inputs} - {*inputs, "schedule"})
     if profile.node != name or unknown:
         raise ValueError(
             f"{name} was given a profile for {profile.node}{f' with {unknown}' if unknown else ''}. Connect it to that node."
         )
-    return {**inputs, **profile.inputs}
+    found = {**inputs, **profile.inputs}
+    if isinstance(found.get("schedule"), dict):
+        found["schedule"] = Schedule.from_json(json.dumps(found["schedule"]))
+    return found

@@ -60,8 +60,15 @@ def start_latent(model, job: Job) -> Any:
     )
 
 
-def sample(model, job: Job, on_step: Callable[[], None] = lambda: None, sigmas: torch.Tensor | None = None) -> Outcome:
-    """Runs the job on a metered MODEL. on_step is called after every sampler step; raising there interrupts."""
+def sample(
+    model,
+    job: Job,
+    on_step: Callable[[], None] = lambda: None,
+    sigmas: torch.Tensor | None = None,
+    watch: Callable[[int, Any, Any], None] | None = None,
+) -> Outcome:
+    """Runs the job on a metered MODEL. on_step is called after every sampler step; raising there interrupts. watch: is
+    given each step's number, its denoised prediction and the latent that it was made from."""
     sigmas = (job.sigmas if sigmas is None else sigmas).clone()  # uni_pc writes into its schedule
     latent = start_latent(model, job)
     noise = job.noise.generate_noise({**job.latent, "samples": latent})
@@ -69,6 +76,8 @@ def sample(model, job: Job, on_step: Callable[[], None] = lambda: None, sigmas: 
 
     def callback(step, denoised, x, total):
         trace.append(thin(denoised))
+        if watch is not None:
+            watch(step, denoised, x)
         on_step()
 
     guider = comfy.samplers.CFGGuider(model)

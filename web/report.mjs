@@ -29,7 +29,17 @@ const KINDS = {
   run: [runHeadline, runBody],
   compare: [compareHeadline, compareBody],
   probe: [probeHeadline, probeBody],
+  lines: [linesHeadline, linesBody],
 };
+
+/** Anything that lines of text tell whole. @returns {string} */
+function linesHeadline(report) {
+  return text(list(report.lines)[0]) || "Report";
+}
+
+function linesBody(report) {
+  return list(report.lines).slice(1).map(text).filter(Boolean).map((line) => el("div", {}, line));
+}
 
 function runHeadline(run) {
   const stopped = ended(run);
