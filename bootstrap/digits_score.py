@@ -85,7 +85,7 @@ def with_node(model, node_id: str, inputs: dict[str, Any]):
     node = next((n for n in discover() if n.GET_SCHEMA().node_id == node_id), None)
     if node is None:
         raise ValueError(f"This pack has no node {node_id}.")
-    given = {i.id: _default(i) for i in node.GET_SCHEMA().inputs if i.id != "model"} | inputs
+    given = {i.id: _default(i) for i in node.GET_SCHEMA().inputs if hasattr(i, "default")} | inputs
     return node.PREPARE_CLASS_CLONE(None).execute(model, **given).args[0]
 
 
