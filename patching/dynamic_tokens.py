@@ -170,7 +170,8 @@ class DynamicTokens(BlockFeature):
         count = x.shape[1:-1].numel()
         if not mlp.block.spec.joined or self.tokens == "all":
             return slice(0, count)
-        arch, references = forward.run.arch, sum(forward.options.get("reference_image_num_tokens") or ())
+        told = forward.arguments.get("transformer_options") or {}
+        arch, references = forward.run.arch, sum(told.get("reference_image_num_tokens") or ())
         pad = arch.pad(forward.diffusion_model)
         layout = archs.layout_of(arch, forward.grid, "joint", count, count, references, pad) if forward.grid else None
         return layout.image if layout is not None else None
