@@ -1,6 +1,7 @@
 """Dynamic Tokens on stock models: off is off, counts are those of the rows that MLPs really saw, nothing is left."""
 
 import contextlib
+import gc
 
 import comfy.model_management
 import pytest
@@ -31,7 +32,7 @@ def told(model):
     return facts(model, "Dynamic Tokens")
 
 
-def kinds(model) -> str:
+def kinds(model):
     return "".join(d["kind"][0] for d in told(model)["decisions"])
 
 
@@ -184,10 +185,8 @@ def test_separate_cfg_is_as_joined_cfg(name, dtype, monkeypatch):
     first = told(patched)
     monkeypatch.setattr("comfy.model_patcher.ModelPatcher.get_free_memory", lambda self, d: 0)
     assert error(job(patched), joined) < NEAR[dtype]
-    assert (
-        told(patched)["decisions"] == first["decisions"]
-        and told(patched)["tokens_computed"] == first["tokens_computed"]
-    )
+    for fact in ("decisions", "tokens_computed"):
+        assert told(patched)[fact] == first[fact]
 
 
 @EVERY
@@ -201,8 +200,6 @@ def test_a_batch_is_its_pictures(name, dtype):
 
 @pytest.mark.parametrize("name", ["flux", "wan_meta", "lumina2"])
 def test_interrupt_then_rerun_and_nothing_is_held(name):
-    import gc
-
     model, spec = model_of(name)
     patched, held = dynamic(model), []
     want = Job(spec)(dynamic(model))
@@ -216,7 +213,8 @@ def test_interrupt_then_rerun_and_nothing_is_held(name):
     with pytest.raises(comfy.model_management.InterruptProcessingException) as stopped:
         Job(spec, on_step=on_step)(patched)
     assert held
-    held.clear(), stopped.value.__setattr__("__traceback__", None)
+    held.clear()
+    stopped.value.__traceback__ = None
     del stopped
     gc.collect()
     assert not [o for o in gc.get_objects() if type(o) in (Choice, TokenState)]
