@@ -13,6 +13,8 @@ from ..kernels.tokens.merge_cells import merge_cells
 from ..kernels.tokens.unmerge_cells import unmerge_cells
 from ..methods.cache.grain import CELLS, Grain, cell_members, coarse_count, forced, grain_of, smoothness
 from .blocks import BlockFeature, BlockPosition, Streams, positions
+from .cache_attention import AttentionCache
+from .cache_each import ModuleCache
 from .convention import NAMES
 from .dynamic_tokens import REGIONS, DynamicTokens, parameters
 from .forward import Forward, ModelFeature
@@ -91,7 +93,7 @@ class DynamicGrain(ModelFeature, BlockFeature):
     def conflicts(self, other: Feature) -> str | None:
         if isinstance(other, DynamicGrain):
             return "Dynamic Grain is on this MODEL already, and would merge merged tokens. Remove one of them."
-        if isinstance(other, DynamicTokens) or other.name == REGIONS:
+        if isinstance(other, DynamicTokens | ModuleCache | AttentionCache) or other.name == REGIONS:
             return (
                 f"Dynamic Grain changes which tokens there are, and {other.name} remembers them by their places. "
                 "Use one of them."

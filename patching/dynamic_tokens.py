@@ -10,6 +10,7 @@ from .. import archs
 from ..kernels.tokens.gather_rows import gather_rows
 from ..methods.cache.tokens import Share, contribution, parted
 from .blocks import BlockFeature, BlockPosition, Streams, block_path, positions
+from .cache_each import ModuleCache
 from .forward import Forward
 from .memory import stream_elements
 from .run import Feature, Run, current_forward
@@ -97,6 +98,8 @@ class DynamicTokens(BlockFeature):
     def conflicts(self, other: Feature) -> str | None:
         if isinstance(other, DynamicTokens):
             return "Dynamic Tokens is on this MODEL already, and a token cannot skip twice. Remove one of them."
+        if isinstance(other, ModuleCache):
+            return f"Dynamic Tokens and {other.name} at level module would both answer for MLPs. Set another level."
         if other.name == REGIONS:
             return f"Dynamic Tokens and {REGIONS} would both drop tokens of this MODEL. Remove one of them."
         return None

@@ -75,6 +75,15 @@ def test_refusals(caplog):
             ValueError, match="Dynamic Grain changes which tokens there are, and Dynamic Tokens remembers"
         ):
             both()
+    for both in (lambda: grain(taylor(flux, level="module")), lambda: taylor(grain(flux), level="module")):
+        with pytest.raises(ValueError, match="and Taylor Cache remembers them by their places"):
+            both()
+    for both in (
+        lambda: run_node(DynamicTokens, model=taylor(flux, level="module")),
+        lambda: taylor(run_node(DynamicTokens, model=flux)[0], level="module"),
+    ):
+        with pytest.raises(ValueError, match="at level module would both answer for MLPs. Set another level"):
+            both()
     with pytest.raises(ValueError, match="there is no block 4"):
         grain(flux, blocks="4")
     other, spec = model_of("ltxv_meta")
