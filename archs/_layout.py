@@ -97,6 +97,8 @@ class Arch:
     #   [B, N, D], or its timestep part
     rescaled: Callable[[Any, Grid | None], Rescaling | None] | None = None  # TeaCache's published polynomial for this
     #   diffusion model at this token grid; None where there is none
+    mlps: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # path of a list of blocks -> for each stream the
+    #   module [B, ..., D] -> [B, ..., D] inside a block that acts on every token alone, "" where there is none apart
     notes: str = ""
     limits: dict[str, str] = field(default_factory=dict)  # "attention" or "blocks": why it cannot be served, for users
 

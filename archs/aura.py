@@ -20,5 +20,6 @@ ARCHS = (
         grid,
         "prefix",
         indexed=False,
+        mlps={"double_layers": ("mlpX", "mlpC"), "single_layers": ("mlp",)},
     ),
 )

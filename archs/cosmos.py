@@ -16,6 +16,7 @@ ARCHS = (
         (Blocks("blocks", ("x_B_T_H_W_D",), calls=("self", "cross"), positions=(0,), axes="BTHWD"),),
         grid,
         indexed=False,
+        mlps={"blocks": ("mlp",)},
     ),
     Arch(
         "Anima",
@@ -24,6 +25,7 @@ ARCHS = (
         (Blocks("blocks", ("x_B_T_H_W_D",), calls=("self", "cross"), positions=(0,), axes="BTHWD"),),
         grid,
         indexed=False,
+        mlps={"blocks": ("mlp",)},
     ),
     Arch(
         "Cosmos 1",

@@ -47,6 +47,8 @@ SINGLE = Blocks(
     "single_blocks", ("img",), "single_block", ("joint",), mutates=True, joined=True, modules=OF_SINGLE, per_token=PE
 )
 
+MLPS = {"double_blocks": ("img_mlp", "txt_mlp")}  # a single block's MLP is fused with its projections
+
 
 def grid(model, x):
     """Patches of 2 (Flux, Chroma), 1 (Flux 2) or 16 pixels (Radiance)."""
@@ -72,6 +74,7 @@ ARCHS = (
         rope_options=True,
         rotates=True,
         modulated=double_block,
+        mlps=MLPS,
         rescaled=rescaled,
         notes="Reference latents follow the image; transformer_options counts them in reference_image_num_tokens.",
     ),
@@ -85,6 +88,7 @@ ARCHS = (
         rope="pe_embedder",
         rotates=True,
         modulated=double_block,
+        mlps=MLPS,
     ),
     Arch(
         "Chroma Radiance",
@@ -96,5 +100,6 @@ ARCHS = (
         rope="pe_embedder",
         rotates=True,
         modulated=double_block,
+        mlps=MLPS,
     ),
 )

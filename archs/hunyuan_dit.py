@@ -18,5 +18,6 @@ ARCHS = (
         override=False,
         wrapper=False,
         indexed=False,
+        mlps={"blocks": ("mlp",)},
     ),
 )

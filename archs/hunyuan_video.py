@@ -28,6 +28,7 @@ ARCHS = (
         rope="pe_embedder",
         modulated=double_block,
         rescaled=rescaled,
+        mlps={"double_blocks": ("img_mlp", "txt_mlp")},
         notes="A reference latent sits between text and video, in front of the image tokens.",
     ),
 )

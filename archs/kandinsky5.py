@@ -15,5 +15,6 @@ ARCHS = (
         ("Kandinsky5",),
         (Blocks("visual_transformer_blocks", ("visual_embed",), calls=("self", "cross"), positions=(0,)),),
         grid,
+        mlps={"visual_transformer_blocks": ("feed_forward",)},
     ),
 )

@@ -34,6 +34,7 @@ ARCHS = (
         (Blocks("transformer_blocks", ("img",), "double_block", ("self", "cross"), mutates=True),),
         grid,
         indexed=False,
+        mlps={"transformer_blocks": ("ff",)},
         opaque=KEYFRAMES,
         modulated=modulated,
         rescaled=rescaled,
@@ -53,6 +54,7 @@ ARCHS = (
         ),
         grid,
         indexed=False,
+        mlps={"transformer_blocks": ("ff",)},
         opaque=KEYFRAMES,
         notes="The stream is a tuple (video, audio). After the video's attention: audio onto itself, audio onto text, "
         "video onto audio, audio onto video.",

@@ -42,6 +42,7 @@ ARCHS = (
         grid,
         "prefix",
         pad=pad,
+        mlps={"layers": ("feed_forward",)},
         rope="rope_embedder",
         rope_options=True,
         modulated=modulated,

@@ -34,5 +34,6 @@ ARCHS = (
         indexed=False,
         modulated=modulated,
         rescaled=rescaled,
+        mlps={"blocks": ("mlp_x", "mlp_y")},
     ),
 )

@@ -58,6 +58,7 @@ ARCHS = (
         "prefix",
         rope="pe_embedder",
         text_after=True,
+        mlps={"transformer_blocks": ("img_mlp", "txt_mlp")},
         rotates=True,
         modulated=modulated,
     ),

@@ -27,6 +27,7 @@ ARCHS = (
         wrapper=False,
         indexed=False,
         modulated=modulated,
+        mlps={"joint_blocks": ("x_block.mlp", "context_block.mlp")},
         notes="The last block returns no text.",
     ),
 )

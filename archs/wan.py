@@ -69,7 +69,7 @@ def rescaled(model, grid):
 
 
 TEA: dict[str, Any] = {"modulated": modulated, "rescaled": rescaled}
-ROPE: dict[str, Any] = {"rope": "rope_embedder", "rope_options": True}
+ROPE: dict[str, Any] = {"rope": "rope_embedder", "rope_options": True, "mlps": {"blocks": ("ffn",)}}
 IMAGE = "cross"  # models with an image encoder attend to its tokens before those of the text
 VACE = Blocks("vace_blocks", ("c",), calls=("self", "cross"), positions=(0,), stack=False)
 

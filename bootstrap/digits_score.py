@@ -90,7 +90,8 @@ def with_node(model, node_id: str, inputs: dict[str, Any]):
 
 
 def _default(entry):
-    return entry.options[0] if entry.default is None and getattr(entry, "options", None) else entry.default
+    default = getattr(entry, "default", None)  # sockets have none
+    return entry.options[0] if default is None and getattr(entry, "options", None) else default
 
 
 @torch.inference_mode()

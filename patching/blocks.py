@@ -3,7 +3,7 @@ forward has to be wrapped. Features see each block as a function from residual s
 
 import inspect
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -28,7 +28,11 @@ class BlockPosition:
 
 
 class BlockFeature(Feature):
-    """A feature that may answer in place of blocks."""
+    """A feature that may answer in place of blocks.
+
+    inner: it computes a block in another way, so it stands inside those that may answer in its place."""
+
+    inner: ClassVar[bool] = False
 
     def around_block(self, state: Any, forward: Any, block: BlockPosition, streams: Streams, proceed) -> Streams:
         """proceed(streams) computes the block. Clone what is kept: core writes into returned tensors."""
@@ -58,11 +62,11 @@ def block_path(diffusion_model: Any, spec: archs.Blocks, index: int) -> str:
 
 
 def around(forward, block: BlockPosition, streams: Streams, compute) -> Streams:
-    """Runs one block through every block feature of the run, the newest outermost."""
+    """Runs one block through every block feature of the run: inner ones inside, else the newest outermost."""
     proceed = compute
-    for feature in forward.run.acting:
-        if isinstance(feature, BlockFeature):
-            proceed = _layer(feature, forward, block, proceed)
+    features = [f for f in forward.run.acting if isinstance(f, BlockFeature)]
+    for feature in sorted(features, key=lambda f: not f.inner):
+        proceed = _layer(feature, forward, block, proceed)
     before, forward.block = forward.block, block
     try:
         return proceed(streams)
