@@ -7,7 +7,7 @@ import torch
 
 from ..methods.cache.calibration import Calibration, Recorder
 from .blocks import BlockFeature, BlockPosition, Streams
-from .cache import CacheFeature, is_flow
+from .cache import CacheFeature
 from .forward import Forward, ModelFeature
 from .run import Feature, Run, attach
 from .sampling import Job, Progress, sample
@@ -79,9 +79,8 @@ class CalibrateFeature(BlockFeature, ModelFeature):
         clock = run.clock
         known = run.arch is not None and "blocks" not in run.arch.limits
         self.recording.level = "last_block" if known else "output"
-        variable = "sigma" if is_flow(run) else "step"
         sigmas = clock.sigmas[:-1] or clock.sigmas
-        self.recording.about = fingerprint(run.model.diffusion_model), run.sampler, sigmas, variable
+        self.recording.about = fingerprint(run.model.diffusion_model), run.sampler, sigmas, "step"
         return self.recording
 
     def conflicts(self, other: Feature) -> str | None:

@@ -37,7 +37,7 @@ class ConfidenceTaylorCache(io.ComfyNode):
                 io.Int.Input("last_order", default=1, min=0, max=3,
                     tooltip="Order of the forecast that replaces the model. 0 reuses the last output, 1 continues its slope."),
                 *warmup_inputs(warmup=5),
-                io.Int.Input("max_consecutive", default=-1, min=-1, max=20,
+                io.Int.Input("max_consecutive", default=4, min=-1, max=20,
                     tooltip="Most evaluations in a row that may be forecast. Lower is more exact. -1 sets no limit, 0 is off."),
                 io.Combo.Input("level", options=["last_block", "output"],
                     tooltip="last_block: the first block judges, the last block's output is forecast. output: for models whose "
@@ -48,7 +48,7 @@ class ConfidenceTaylorCache(io.ComfyNode):
                 io.Combo.Input("metric", options=list(METRICS), advanced=True,
                     tooltip="How the first block's error is measured: relative mean difference, relative RMS difference, or 1 - cosine."),
                 io.Combo.Input("variable", options=["auto", "step", "sigma"], advanced=True,
-                    tooltip="What forecasts extrapolate over. auto: sigma for flow models, step for the rest."),
+                    tooltip="What forecasts extrapolate over. auto: the step, which loses less on trained models; sigma where steps are very uneven."),
                 io.Boolean.Input("update_first_every_step", default=False, advanced=True,
                     tooltip="Let the first block's forecast follow every evaluation. It is then better than the one it stands for: "
                             "more is skipped at the same threshold."),

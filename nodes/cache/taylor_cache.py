@@ -36,7 +36,7 @@ class TaylorCache(io.ComfyNode):
                 io.Combo.Input("basis", options=list(BASES), advanced=True,
                     tooltip="taylor_paper is TaylorSeer's form. newton is exact for polynomials but swings more; order 3 and 4 need interval 3 or less."),
                 io.Combo.Input("variable", options=["auto", "step", "sigma"], advanced=True,
-                    tooltip="What the forecast extrapolates over. auto: sigma for flow models, step for the rest."),
+                    tooltip="What the forecast extrapolates over. auto: the step, which loses less on trained models; sigma where steps are very uneven."),
                 *where_cached(),
             ],
             outputs=[io.Model.Output(tooltip="The MODEL with the cache. Connect it to the sampler.")],
