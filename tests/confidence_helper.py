@@ -7,7 +7,9 @@ from tessera.nodes.cache.confidence_taylor_cache import NAME, ConfidenceTaylorCa
 
 def confident(model, **inputs):
     """The MODEL after a Confidence Taylor Cache that judges from the third evaluation on."""
-    return run_node(ConfidenceTaylorCache, model=model, **{"warmup": 2, "threshold": 0.08, "max_consecutive": -1, **inputs})[0]
+    return run_node(
+        ConfidenceTaylorCache, model=model, **{"warmup": 2, "threshold": 0.08, "max_consecutive": -1, **inputs}
+    )[0]
 
 
 def told(model) -> dict:

@@ -122,7 +122,8 @@ def build(
     device = torch.device(device)
     window = Window(radius, metric, temporal_radius)
     block = block or default_block(device, layout.total)
-    down_factor = down_factor if down_factor > 1 else 0
+    whole = down_factor >= max(layout.grid[1:])  # the mean of a whole frame is no picture of the distance
+    down_factor = 0 if down_factor < 2 or whole else down_factor
     counts = sizes(layout.grid, down_factor) if down_factor else torch.empty(0)
     total, image = layout.total, layout.image.stop - layout.image.start
     pairs = total**2 - image**2 + window.pairs(layout.grid) + image * len(counts)

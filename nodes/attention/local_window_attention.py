@@ -31,7 +31,7 @@ class LocalWindowAttention(io.ComfyNode):
                 io.Int.Input("down_factor", default=4, min=0, max=32, optional=True,
                     tooltip="Side in tokens of the patches whose mean every image token sees too, wherever they are: what keeps a "
                             "small radius from repeating objects. 4 adds a sixteenth of the image's tokens as keys; lower sees the "
-                            "distance more sharply and is slower. 0 or 1 is off. Nothing is pooled where the window spans the picture."),
+                            "distance more sharply and is slower. 0 or 1 is off. Nothing is pooled where the window spans the picture, or a patch the frame."),
                 io.Combo.Input("pooled_counts_as", options=list(COUNTS), optional=True, advanced=True,
                     tooltip="How much a patch of down_factor weighs beside single tokens: as one token, which CLEAR's weights are trained for, or as "
                             "all the tokens it stands for, which keeps stock weights much closer to the plain picture. auto looks at the weights."),

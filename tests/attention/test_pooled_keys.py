@@ -166,7 +166,7 @@ def test_proportional_scale(error):
     assert error(got, sdpa(call.q, call.k, call.v, explicit(CASES[0]), scale=scale)) < 1e-6
 
 
-def test_a_window_over_the_whole_picture_still_has_its_scale_and_its_pooled_keys(error):
+def test_a_window_over_the_whole_picture_still_has_its_scale_and_pools_nothing(error):
     call = call_of(((1, 6, 7), 4, 0, 20, "circle", 0))
     with pytest.raises(Decline, match="spans"):
         m.LocalWindow(20, proportional=True, base_tokens=46).attend({}, call)
@@ -174,5 +174,13 @@ def test_a_window_over_the_whole_picture_still_has_its_scale_and_its_pooled_keys
     answer = method.attend({}, call)
     want = sdpa(call.q, call.k, call.v, scale=0.25 * math.sqrt(math.log(46, 10)))
     assert error(answer.out, want) < 1e-6 and answer.pairs == answer.dense_pairs
-    got = m.LocalWindow(20, down_factor=2, counts_as="one").attend({}, call).out
-    assert error(got, by_hand(((1, 6, 7), 4, 0, 20, "circle", 0), 2, call.q, call.k, call.v, scale=0.25)) < 1e-6
+    with pytest.raises(Decline, match="spans"):
+        m.LocalWindow(20, down_factor=2, counts_as="one").attend({}, call)
+
+
+@pytest.mark.parametrize("factor, pools", [(2, True), (6, True), (7, False), (32, False)])
+def test_a_patch_of_the_whole_frame_is_none(factor, pools):
+    case = (1, 6, 7), 4, 0, 2, "circle", 0
+    given = call_of(case)
+    plain, pooled = (m.LocalWindow(2, down_factor=f).attend({}, given) for f in (0, factor))
+    assert torch.equal(plain.out, pooled.out) == (not pools) and (pooled.pairs == plain.pairs) == (not pools)
