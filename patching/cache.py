@@ -3,7 +3,7 @@ of the block stack (cache_blocks.py) or in place of the whole model (cache_outpu
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ class CacheFeature(Feature):
     residual: what is stored is the output minus the input of what is skipped, and is added to the new input.
     fill:     makes an empty history from the options of `history`; None: Taylor forecasts.
     profile:  where settings came from; it must have been made for this model, sampler and number of steps.
+    given:    the node's widgets, for a profile of them.
     copies:   stored outputs beside the fill's own, for the memory estimate.
     """
 
@@ -56,6 +57,7 @@ class CacheFeature(Feature):
     residual: bool = False
     fill: Callable[..., Any] | None = None
     copies: int = 0
+    given: dict[str, Any] = field(default_factory=dict)
 
     @property
     def off(self) -> bool:

@@ -54,6 +54,12 @@ def cached(start_percent: float, end_percent: float, cache_with_control: bool = 
     return {"percents": percents(start_percent, end_percent), "cache_with_control": cache_with_control, **rest}
 
 
+def own(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The widgets that say what a node computes, for the profile of its MODEL: not where it holds things, nor sockets."""
+    held = ("cache_device", "cache_dtype", "cache_with_control", "unsupported")
+    return {k: v for k, v in inputs.items() if isinstance(v, str | int | float) and k not in held}
+
+
 def profiled(name: str, inputs: dict[str, Any]) -> dict[str, Any]:
     """A node's inputs after its profile. ValueError where the profile is another node's or sets what it has not. Every
     cache has a schedule, also where none is connected."""

@@ -15,7 +15,6 @@ from ..methods.cache.replay import Measured, Record, Replay
 from ..methods.cache.schedule import Schedule
 from ..methods.cache.solver import Goal, best, by_schedule, by_threshold
 from .cache import CacheFeature
-from .cache_blocks import StackCache
 from .gate_replay import HIGH, LOW, GateReplay, with_threshold
 from .run import FEATURES, features_of, sampler_name
 from .sampling import Job, Outcome, Progress, metered, sample
@@ -180,9 +179,7 @@ def _plain_runs(model, feature, job: Job, seeds: int, progress: Progress, replay
 
 def _replay(model: Any, feature: CacheFeature, job: Job, plain: Plain) -> Replay:
     sigmas = [float(s) for s in job.sigmas]
-    flow = float(model.get_model_object("model_sampling").sigma_max) <= 1.0 + 1e-6
-    by_sigma = feature.variable == "sigma" or (feature.variable == "auto" and flow)
-    x = sigmas[:-1] if by_sigma else [float(i) for i in range(len(sigmas) - 1)]
+    x = sigmas[:-1] if feature.variable == "sigma" else [float(i) for i in range(len(sigmas) - 1)]
     order = 0 if feature.residual else min(feature.order, 1)
     return Replay(plain.records, sigmas, x, order)
 
@@ -232,14 +229,14 @@ def _guess(goal: Goal, replay: Replay, replayed: GateReplay, own: float) -> floa
 
 def _profile(model: Any, job: Job, knob: str, chosen: Tried, asked: Asked) -> Profile:
     feature, found = chosen.feature, chosen.found
+    inputs = dict(
+        feature.given
+    )  # all that the node computes by, so that the profile holds on another node's widgets too
     if knob == "threshold":
-        inputs: dict[str, Any] = {"threshold": chosen.setting}
+        inputs["threshold"] = chosen.setting
     else:
         assert feature.schedule is not None
-        inputs = {"schedule": json.loads(feature.schedule.to_json())}
-    if feature.name == "Taylor Cache":  # what the forecasts were made with
-        inputs |= {name: getattr(feature, name) for name in ("order", "basis", "variable")}
-        inputs["level"] = "last_block" if isinstance(feature, StackCache) else "output"
+        inputs["schedule"] = json.loads(feature.schedule.to_json())
     facts = {
         "error": round(found.error, 6),
         "spread": None if math.isnan(found.spread) else round(found.spread, 4),

@@ -7,7 +7,7 @@ from ...methods.cache.taylor import BASES, allowed_order, allowed_variable
 from ...patching.cache import FOREVER, CacheFeature
 from ...patching.cache_blocks import StackCache
 from ...patching.cache_output import OutputCache
-from ...patching.cache_widgets import cached, profiled, warmup_inputs, where_cached
+from ...patching.cache_widgets import cached, own, profiled, warmup_inputs, where_cached
 from ...patching.run import attach
 
 NAME = "Confidence Taylor Cache"
@@ -70,7 +70,8 @@ class ConfidenceTaylorCache(io.ComfyNode):
         preset = inputs.pop("preset")
         if preset != "custom" and (profile is None or "threshold" not in profile.inputs):
             inputs["threshold"] = PRESETS[preset]
-        return io.NodeOutput(attach(model, _feature(cls.hidden.unique_id, **inputs)))
+        given = {"preset": "custom", **own(inputs)}
+        return io.NodeOutput(attach(model, _feature(cls.hidden.unique_id, given=given, **inputs)))
 
 
 def _feature(

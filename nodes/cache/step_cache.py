@@ -1,6 +1,6 @@
 from comfy_api.latest import io
 
-from ...patching.cache_widgets import cached, profiled, warmup_inputs, where_cached
+from ...patching.cache_widgets import cached, own, profiled, warmup_inputs, where_cached
 from ...patching.run import attach
 from ...patching.step_cache import FILLS, LEVELS, POLICIES, step_feature
 
@@ -65,5 +65,6 @@ class StepCache(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, **inputs):
-        inputs = cached(**profiled("Step Cache", inputs))
+        inputs = profiled("Step Cache", inputs)
+        inputs = cached(given=own(inputs), **inputs)
         return io.NodeOutput(attach(model, step_feature(cls.hidden.unique_id, model, "Step Cache", inputs)))

@@ -4,7 +4,7 @@ from ...methods.cache.taylor import BASES, MAX_ORDER, allowed_order, allowed_var
 from ...patching.cache_blocks import StackCache
 from ...patching.cache_each import ModuleCache, ResidualCache
 from ...patching.cache_output import OutputCache
-from ...patching.cache_widgets import cached, profiled, warmup_inputs, where_cached
+from ...patching.cache_widgets import cached, own, profiled, warmup_inputs, where_cached
 from ...patching.run import attach
 
 LEVELS = {"last_block": StackCache, "block_residual": ResidualCache, "module": ModuleCache, "output": OutputCache}
@@ -47,7 +47,7 @@ class TaylorCache(io.ComfyNode):
     @classmethod
     def execute(cls, model, **inputs):
         inputs = profiled("Taylor Cache", inputs)
-        level = inputs.pop("level")
+        given, level = own(inputs), inputs.pop("level")
         allowed_order(inputs["basis"], inputs["order"], inputs["interval"])
         allowed_variable(inputs["basis"], inputs["variable"])
-        return io.NodeOutput(attach(model, LEVELS[level](cls.hidden.unique_id, **cached(**inputs))))
+        return io.NodeOutput(attach(model, LEVELS[level](cls.hidden.unique_id, given=given, **cached(**inputs))))

@@ -156,7 +156,7 @@ def test_a_window_that_it_was_not_trained_for_is_told_or_refused(tmp_path, caplo
     model, spec = model_of("flux")
     loaded = load(model, write(tmp_path, tensors(4), "clear_local_8_down_4.safetensors"), None)
     job = Job(spec, steps=1, cfg=1.0)
-    off = window(loaded, radius=3)
+    off = window(loaded, radius=3, down_factor=0)
     job(off)
     assert facts(off, NAME)["notes"] == [
         "trained with radius 8, Local Window Attention has 3",
