@@ -75,12 +75,12 @@ class Lab:
         for start in range(0, self.seeds, HALF):
             seen: list[int] = []
             name, module = next((n, m) for n, m in self.last.named_modules() if isinstance(m, torch.nn.Linear))
-            handle = module.register_forward_hook(lambda *_, seen=seen: seen.append(1))
+            handle = module.register_forward_hook(lambda _, given, out, seen=seen: seen.append(given[0].shape[0]))
             try:
                 out.append(digits.latents(model, self.kind, start, min(HALF, self.seeds - start), self.steps))
             finally:
                 handle.remove()
-            counts.append(len(seen))
+            counts.append(sum(seen) // min(HALF, self.seeds - start))  # rows: CFG may be joined or not
         return torch.cat(out), counts
 
     def error(self, latents: torch.Tensor) -> tuple[float, float, float]:
@@ -110,7 +110,7 @@ class Lab:
 
     @functools.cached_property
     def calls(self) -> int:
-        """Calls of that layer in one evaluation: CFG may be joined or not."""
+        """Rows of one picture in one evaluation: 2 under CFG."""
         return self.full[0] // self.steps
 
 

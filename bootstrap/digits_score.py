@@ -1,7 +1,7 @@
 """How well a digit model draws what it is asked for, plain and accelerated: samples a saved checkpoint through
 ComfyUI's own loader and sampler and lets a classifier of real digits read the result.
 
-    python bootstrap/digits_score.py image|video [--samples 400] [--steps 25] [--cfg F] [--patch none|taylor|window]
+    python bootstrap/digits_score.py image|video [--samples 400] [--steps 25] [--cfg F] [--patch none|taylor|taylor5|window]
         [--model FILE] [--batch 25] [--grid out.png]
 
 Sample i always starts from the noise of seed i and asks for the same digit, whatever the batch size, so that two runs
@@ -24,6 +24,7 @@ DEFAULT_CFG = {"image": 2.0, "video": 3.0}
 SAMPLES, STEPS, BATCH = 400, 25, 25
 PATCHES = {  # node id and its inputs; the rest are the schema's defaults
     "taylor": ("TesseraTaylorCache", {}),
+    "taylor5": ("TesseraTaylorCache", {"interval": 5}),
     "window": ("TesseraLocalWindowAttention", {"radius": 6, "temporal_radius": 1, "min_tokens": 0}),
 }
 
