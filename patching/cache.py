@@ -75,11 +75,24 @@ class CacheFeature(Feature):
             cadence,
             self.history(run),
             self.variable_of(run),
-            self.schedule.for_run(run.clock.sigmas[:-1] or run.clock.sigmas) if self.schedule else None,
+            self._scheduled(run) if self.schedule else None,
             gate=self.gate(run) if self.gate is not None and not self.off else None,
             stochastic=run.stochastic,
             kind="reuse" if self.residual or self.order == 0 else "forecast",
         )
+
+    def _scheduled(self, run: Run) -> list[bool]:
+        """The schedule's decisions. ValueError where it was made for other noise levels than this model has."""
+        assert self.schedule is not None
+        sigmas = run.clock.sigmas[:-1] or run.clock.sigmas
+        most, first = float(run.model.model_sampling.sigma_max), self.schedule.sigmas[0]
+        falls = sigmas[0] >= sigmas[-1]
+        if falls and (first > 1.01 * most or sigmas[0] > 1.01 * first):
+            raise ValueError(
+                f"{self.name} was given a schedule that starts at sigma {first:.4g}, and this run starts at {sigmas[0]:.4g} "
+                f"on a model of up to {most:.4g}. Make the schedule with this model and at least this much denoise."
+            )
+        return self.schedule.for_run(sigmas)
 
     def _check_profile(self, run: Run) -> None:
         if self.profile is None:

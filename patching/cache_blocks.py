@@ -42,7 +42,7 @@ class StackCache(BlockFeature, CacheFeature):
         if count is not None and self.first_blocks + self.last_blocks >= count:
             raise ValueError(
                 f"{self.name} always computes the first {self.first_blocks} and the last {self.last_blocks} blocks, which "
-                f"leaves none of this model's {count} to skip. Lower first_blocks or last_blocks."
+                f"leaves none of this model's {count} to skip. Lower first_blocks{' or last_blocks' if self.last_blocks else ''}."
             )
 
     def held_bytes(self, run: Run, noise_shape: tuple[int, ...], conds: dict[str, Any]) -> int:
@@ -93,8 +93,7 @@ class StackCache(BlockFeature, CacheFeature):
         keys = self._keys(forward, streams)
         fits = state.fits(forward.run, keys, shape)
         call.skips = fits and not full and state.ready(forward.run, keys)
-        if call.skips:
-            state.mark_skipped()
+        state.mark(call.skips)
         if self.residual and not self.off:
             written = forward.control is not None or (block.spec.mutates and not call.skips)
             call.base = tuple(_copied(s) if written else s for s in streams)

@@ -34,12 +34,13 @@ class OutputCache(ModelFeature, CacheFeature):
 
         full = state.computes(forward, look) | self.held_back(state, forward)
         if not full and state.ready(run, owners):
-            state.mark_skipped()
+            state.mark(True)
             state.blocks_skipped += blocks
             velocity = torch.cat([state.predict(run, key) for key in owners])
             return x - level * (velocity + x if self.residual else velocity)
         denoised = proceed()
         state.blocks_computed += blocks
+        state.mark(False)
         if not self.off and bool((sigma > 0).all()):
             velocity = (x - denoised) / level
             if asked:

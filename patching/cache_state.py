@@ -46,6 +46,7 @@ class CacheState:
     stochastic: bool = False
     calls: dict[int, Any] = field(default_factory=dict)  # by forward, while it lasts: what its level remembers
     evaluation: int = -1  # of the newest entry of decisions
+    any_computed: bool = False  # of its calls
     restarts: int = 0
     first: int = 0  # evaluation at which the newest restart began
     decisions: list[dict[str, Any]] = field(default_factory=list)
@@ -76,6 +77,7 @@ class CacheState:
             seen = look(seen) if look is not None else seen
             full = gate.computes(seen, forced or (again and lane.full))
             lane.seen = seen if full else None
+            self.measure()
             if gate.error is not None:
                 worst = max(gate.error, self.decisions[-1].get("error", 0.0))
                 self.decisions[-1]["error"] = round(worst, 6)
@@ -104,6 +106,7 @@ class CacheState:
             self.histories.clear()
             self.lanes.clear()
         self._forget(clock.evaluation - UNUSED * clock.evaluations_a_step)
+        self.any_computed = False
         self.decisions.append({"step": clock.step, "sigma": round(clock.sigma, 6), "kind": "full"})
 
     def _forget(self, before: int) -> None:
@@ -161,5 +164,8 @@ class CacheState:
         self.used[key] = run.clock.evaluation
         return self.histories[key].predict(self.x(run))
 
-    def mark_skipped(self) -> None:
-        self.decisions[-1]["kind"] = self.kind
+    def mark(self, skipped: bool) -> None:
+        """What came of one call. An evaluation of which any call was computed (another context window, a prompt that is
+        met first) is told as computed."""
+        self.any_computed |= not skipped
+        self.decisions[-1]["kind"] = "full" if self.any_computed else self.kind

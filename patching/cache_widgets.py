@@ -42,7 +42,7 @@ def where_cached() -> list[Any]:
 def warmup_inputs(warmup: int = 3, tail_full: int = 1) -> list[Any]:
     """Evaluations that are computed in any case."""
     return [
-        io.Int.Input("warmup", default=warmup, min=0, max=20,
+        io.Int.Input("warmup", default=warmup, min=0, max=100,
             tooltip="Evaluations at the start that are always computed. Higher keeps the composition closer to the plain run."),
         io.Int.Input("tail_full", default=tail_full, min=0, max=10,
             tooltip="Last sampler steps that are always computed. Higher keeps fine detail."),

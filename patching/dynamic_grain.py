@@ -15,6 +15,7 @@ from ..methods.cache.grain import CELLS, Grain, cell_members, coarse_count, forc
 from .blocks import BlockFeature, BlockPosition, Streams, positions
 from .cache_attention import AttentionCache
 from .cache_each import ModuleCache
+from .cache_output import OutputCache
 from .convention import NAMES
 from .dynamic_tokens import REGIONS, DynamicTokens, parameters
 from .forward import Forward, ModelFeature
@@ -97,6 +98,11 @@ class DynamicGrain(ModelFeature, BlockFeature):
             return (
                 f"Dynamic Grain changes which tokens there are, and {other.name} remembers them by their places. "
                 "Use one of them."
+            )
+        if isinstance(other, OutputCache) and not other.off:
+            return (
+                f"Dynamic Grain decides at every evaluation that reaches the model, and {other.name} at level output lets only "
+                "some reach it. Set its level to last_block."
             )
         return None
 

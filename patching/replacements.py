@@ -36,13 +36,10 @@ SWITCHES = (
     # Zehong-Ma/ComfyUI-MagCache: its curves are fixed for a few models; FBCache needs none and measures at every step
     Switch("MagCache",
            ("model_type", "magcache_thresh", "retention_ratio", "magcache_K", "start_step", "end_step"), STEP,
-           {"max_consecutive": "magcache_K"}, {"policy": "FBCache"}),
+           {"max_consecutive": "magcache_K", "start_percent": "retention_ratio"}, {"policy": "FBCache"}),
     # philipy1219/ComfyUI-TaylorSeer
     Switch("TaylorSeer", TAYLORSEER, TAYLOR, SEER, {"level": "last_block"}),
     Switch("TaylorSeerLite", TAYLORSEER, TAYLOR, SEER, {"level": "last_block"}),
-    # Jasonzzt/ComfyUI-CacheDiT
-    Switch("CacheDiT_Model_Optimizer",
-           ("enable", "model_type", "warmup_steps", "skip_interval", "print_summary"), TAYLOR),
 )  # fmt: skip
 
 

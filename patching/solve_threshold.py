@@ -91,7 +91,8 @@ def cache_of(model: Any) -> CacheFeature:
     if not found or found[0].inactive:
         why = f" ({found[0].inactive})" if found else ""
         raise ValueError(
-            f"{NAME} found no cache on this MODEL{why}. Connect the MODEL after a cache node, such as Taylor Cache."
+            f"{NAME} found no cache of evaluations on this MODEL{why}. Connect the MODEL after Taylor Cache, Confidence Taylor "
+            "Cache or Step Cache."
         )
     return found[0]  # two are refused when the second is attached
 

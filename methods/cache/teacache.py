@@ -4,6 +4,7 @@ d_i is the relative L1 change of that input since the evaluation before, a polyn
 change of the output, and |p(d_i)| is summed since the last computed evaluation; below the threshold, nothing is computed.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,9 +28,9 @@ def parsed(text: str) -> tuple[float, ...]:
         found = tuple(float(part) for part in text.strip(" \n[]()").replace(",", " ").split())
     except ValueError:
         found = ()
-    if not found:
+    if not found or not all(map(math.isfinite, found)):
         raise ValueError(
-            f"coefficients must be auto or a list of numbers with the highest power first, got {text!r}, for example "
+            f"coefficients must be auto or a list of finite numbers with the highest power first, got {text!r}, for example "
             "498.65, -283.78, 55.86, -3.82, 0.264."
         )
     return found

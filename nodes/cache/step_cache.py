@@ -32,7 +32,7 @@ class StepCache(io.ComfyNode):
                     tooltip="FORA: one full evaluation in this many. PAB: the same for self-attention (published: 2). Higher is faster and "
                             "less exact; 1 is off. Other policies have no interval."),
                 *warmup_inputs(),
-                io.Int.Input("max_consecutive", default=-1, min=-1, max=50,
+                io.Int.Input("max_consecutive", default=-1, min=-1, max=10000,
                     tooltip="Most evaluations skipped in a row, -1 for any number. Lower is closer to the plain run. MagCache was published "
                             "with 2, up to 6."),
                 io.Combo.Input("fill", options=["auto", *FILLS],
@@ -41,7 +41,7 @@ class StepCache(io.ComfyNode):
                             "is corrected by the slope of computed outputs. auto: as the policy was published. PAB always reuses."),
                 io.Combo.Input("level", options=list(LEVELS), advanced=True,
                     tooltip="What is skipped: the block stack (the final layer still sees the true timestep), or the whole model. auto: the "
-                            "stack where its blocks are known, the whole model for EasyCache and on unknown models."),
+                            "stack where its blocks are known, the whole model for EasyCache and on unknown models. PAB has no level: it acts on attention."),
                 io.Int.Input("first_blocks", default=-1, min=-1, max=100, advanced=True,
                     tooltip="DBCache: blocks at the start that always run and are measured. More decide better and save less. -1: 8 as "
                             "published, or a third of a smaller stack."),

@@ -23,7 +23,19 @@ def kinds(model) -> str:
     return "".join(d["kind"][0] for d in told(model)["decisions"])
 
 
-@pytest.mark.parametrize("level", ["last_block", "output"])
+def test_a_cache_of_the_whole_model_is_refused_in_both_orders():
+    model, spec = model_of("flux")
+    for both in (
+        lambda: grain(taylor(model, level="output")),
+        lambda: taylor(grain(model), level="output"),
+    ):
+        with pytest.raises(ValueError, match="Set its level to last_block"):
+            both()
+    off = taylor(grain(model, coarse_fraction=0.3), level="output", interval=1)
+    assert torch.isfinite(Job(spec)(off)).all()
+
+
+@pytest.mark.parametrize("level", ["last_block", "block_residual"])
 def test_beside_taylor_cache_in_both_orders(level):
     model, spec = model_of("flux")
     one, two = grain(taylor(model, level=level)), taylor(grain(model), level=level)

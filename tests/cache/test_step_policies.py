@@ -7,9 +7,11 @@ import torch
 from nodes_helper import error, model_of, run_node, watching
 from step_helper import CALIBRATION, ON, REST, STEPS, constant, job_of, kinds, plain, step, told
 
+from tessera.methods.cache.cadence import Cadence
 from tessera.methods.cache.profile import Profile
 from tessera.methods.cache.schedule import Schedule
 from tessera.nodes.cache.step_cache import StepCache
+from tessera.patching.cache_state import CacheState
 from tessera.patching.report import latest_record
 
 
@@ -154,3 +156,29 @@ def test_a_schedule_replaces_the_gate_and_a_profile_the_settings():
     profile = Profile("Step Cache", {"threshold": 1.5})
     profiled = step(model, "DBCache", threshold=0.0, profile=profile)
     assert torch.equal(job_of(spec)(profiled), job_of(spec)(step(model, "DBCache")))
+
+
+def test_one_computed_call_makes_the_evaluation_a_computed_one():
+    """Of two prompts that run apart one begins late: it is computed where the other one is skipped."""
+    state = CacheState(Cadence(4), lambda: None, "step", None, kind="reuse")
+    state.decisions.append({"kind": "full"})
+    for skipped, told in ((True, "reuse"), (False, "full"), (True, "full")):
+        state.mark(skipped)
+        assert state.decisions[-1]["kind"] == told
+
+
+def test_a_schedule_of_other_noise_levels_is_refused():
+    model, spec = model_of("flux")
+    for sigmas, words in (
+        ((14.6, 5.0, 1.0, 0.1), "starts at sigma 14.6"),
+        ((0.5, 0.4, 0.2, 0.1), "starts at sigma 0.5"),
+    ):
+        schedule = Schedule((True, False, True, True), sigmas)
+        with pytest.raises(ValueError, match=words):
+            job_of(spec)(step(model, "FORA", schedule=schedule))
+
+
+@pytest.mark.parametrize("text", ["nan", "1e400", "1, inf"])
+def test_coefficients_are_finite(text):
+    with pytest.raises(ValueError, match="finite numbers"):
+        step(model_of("flux")[0], "TeaCache", coefficients=text)

@@ -167,7 +167,9 @@ def _interrupted(sample, *args, **rest):
 
 def test_what_is_refused(output):
     model, spec = model_of("flux")
-    with pytest.raises(ValueError, match="found no cache on this MODEL. Connect the MODEL after a cache node"):
+    with pytest.raises(
+        ValueError, match="found no cache of evaluations on this MODEL. Connect the MODEL after Taylor Cache"
+    ):
         solve(model, spec, model)
     with pytest.raises(ValueError, match="Taylor Cache decides by no threshold. Set knob to schedule"):
         solve(model, spec, taylor(model), knob="threshold")

@@ -17,8 +17,6 @@ OLD = {  # what a graph of that pack holds
     "TaylorSeer": {"model_type": "flux", "fresh_threshold": 5, "max_order": 2, "first_enhance": 3, "last_enhance": 50},
     "TaylorSeerLite": {"model_type": "wanvideo", "fresh_threshold": 6, "max_order": 1, "first_enhance": 3,
                        "last_enhance": 50},
-    "CacheDiT_Model_Optimizer": {"enable": True, "model_type": "Auto", "warmup_steps": 0, "skip_interval": 0,
-                                 "print_summary": True},
 }  # fmt: skip
 
 

@@ -200,7 +200,7 @@ def test_prompts_of_other_lengths(name, level, lengths, memory):
     with watching(model) as watch:
         assert torch.isfinite(job(on_step=on_step)(on)).all()
     assert facts(on)["blocks_computed"] == watch.blocks and facts(on)["blocks_skipped"] > 0
-    grew = joined and level == "last_block" and lengths == (10, 15)  # both were longer when joined
+    grew = joined and level == "last_block"  # one or both were longer when joined, and are computed apart
     assert kinds(on) == ("ffpffppf" if grew else "ffppfppf")
 
 
@@ -222,7 +222,7 @@ def test_a_prompt_that_begins_late_is_computed_first(level, low, memory):
     blocks = len(watch.each)
     assert torch.isfinite(got).all()
     if low:  # both at first, the late one when it begins, both at the end
-        assert kinds(patched) == "fppppppf" and watch.blocks == blocks * (2 + 1 + 2)
+        assert kinds(patched) == "fppfpppf" and watch.blocks == blocks * (2 + 1 + 2)
     else:
         assert kinds(patched).count("f") == 3 and watch.blocks == blocks * 3
 
