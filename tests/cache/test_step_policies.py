@@ -162,9 +162,9 @@ def test_one_computed_call_makes_the_evaluation_a_computed_one():
     """Of two prompts that run apart one begins late: it is computed where the other one is skipped."""
     state = CacheState(Cadence(4), lambda: None, "step", None, kind="reuse")
     state.decisions.append({"kind": "full"})
-    for skipped, told in ((True, "reuse"), (False, "full"), (True, "full")):
+    for skipped, kind in ((True, "reuse"), (False, "full"), (True, "full")):
         state.mark(skipped)
-        assert state.decisions[-1]["kind"] == told
+        assert state.decisions[-1]["kind"] == kind
 
 
 def test_a_schedule_of_other_noise_levels_is_refused():
