@@ -15,11 +15,15 @@ from ..methods.cache.schedule import Schedule
 from ..methods.cache.taylor import Forecast
 from .cache_state import CacheState
 from .forward import Forward
+from .profiles import check_profile
 from .run import Feature, Run
-from .sizes import fingerprint
 
 log = logging.getLogger("tessera")
 ROUGH = "adds new noise at its steps, where forecasts are rough: compare, or compute more evaluations"
+DOUBLED = (
+    "{} and core's EasyCache or LazyCache are on the same MODEL, and each would skip on top of the other's skipped steps. "
+    "Remove one of them, or use them on different samplers."
+)
 EASYCACHE = "easycache"  # where core's EasyCache and LazyCache keep their state
 FOREVER = 1 << 30  # as an interval: no cadence, the gate alone decides
 
@@ -65,7 +69,7 @@ class CacheFeature(Feature):
         return self.interval < 2 and not self.schedule
 
     def begin(self, run: Run) -> CacheState:
-        self._check_profile(run)
+        check_profile(self, run)
         start, end = (run.percent_to_sigma(p) for p in self.percents)
         whole = "skip_whole_steps" if run.clock.returns else self.multi_eval  # such a step's calls hang together
         cadence = Cadence(self.interval, self.warmup, self.tail_full, whole, (start, end))
@@ -93,16 +97,6 @@ class CacheFeature(Feature):
                 f"on a model of up to {most:.4g}. Make the schedule with this model and at least this much denoise."
             )
         return self.schedule.for_run(sigmas)
-
-    def _check_profile(self, run: Run) -> None:
-        if self.profile is None:
-            return
-        model = fingerprint(run.model.diffusion_model) if self.profile.model else ""
-        misfit = self.profile.misfit(model, run.sampler, run.clock.steps)
-        if misfit and self.unsupported == "error":
-            raise ValueError(misfit)
-        if misfit:
-            log.warning("%s: %s", self.name, misfit)
 
     def variable_of(self, run: Run) -> str:
         """What forecasts extrapolate over in this run: "step" or "sigma". auto is the step: on both digit models it lost
@@ -134,10 +128,7 @@ class CacheFeature(Feature):
 
     def refuses(self, transformer_options: dict[str, Any]) -> str | None:
         if EASYCACHE in transformer_options and not self.off:
-            return (
-                f"{self.name} and core's EasyCache or LazyCache are on the same MODEL, and each would skip on top of "
-                "the other's skipped steps. Remove one of them, or use them on different samplers."
-            )
+            return DOUBLED.format(self.name)
         return None
 
     def held_back(self, state: CacheState, forward: Forward) -> bool:

@@ -12,6 +12,7 @@ from .. import archs
 from ..kernels.tokens.merge_cells import merge_cells
 from ..kernels.tokens.unmerge_cells import unmerge_cells
 from ..methods.cache.grain import CELLS, Grain, cell_members, coarse_count, forced, grain_of, smoothness
+from ..methods.cache.profile import Profile
 from .blocks import BlockFeature, BlockPosition, Streams, positions
 from .cache_attention import AttentionCache
 from .cache_each import ModuleCache
@@ -20,6 +21,7 @@ from .convention import NAMES
 from .dynamic_tokens import REGIONS, DynamicTokens, parameters
 from .forward import Forward, ModelFeature
 from .grain_rows import Image, image_of, merged_arguments, unfit
+from .profiles import check_profile
 from .run import Feature, Run
 
 OVERRIDE = "optimized_attention_override"
@@ -86,8 +88,10 @@ class DynamicGrain(ModelFeature, BlockFeature):
     blocks: frozenset[int] | None = None
     refresh_every: int = 4
     mask: torch.Tensor | None = None  # [F, H, W]: cells that stay fine
+    profile: Profile | None = None
 
     def begin(self, run: Run) -> GrainState:
+        check_profile(self, run)
         start, end = (run.percent_to_sigma(p) for p in self.percents)
         return GrainState((start, end), self.refresh_every)
 

@@ -8,11 +8,13 @@ import torch
 
 from .. import archs
 from ..kernels.tokens.gather_rows import gather_rows
+from ..methods.cache.profile import Profile
 from ..methods.cache.tokens import Share, contribution, parted
 from .blocks import BlockFeature, BlockPosition, Streams, block_path, positions
 from .cache_each import ModuleCache
 from .forward import Forward
 from .memory import stream_elements
+from .profiles import check_profile
 from .run import Feature, Run, current_forward
 
 REGIONS = "Region-Adaptive Sampling"
@@ -85,12 +87,14 @@ class DynamicTokens(BlockFeature):
     percents: tuple[float, float] = (0.0, 1.0)
     cache_device: str = "gpu"
     cache_dtype: str = "model"
+    profile: Profile | None = None
 
     @property
     def off(self) -> bool:
         return self.refresh_every < 2 or self.share.quantile <= 0 or self.share.min_active >= 1
 
     def begin(self, run: Run) -> TokenState:
+        check_profile(self, run)
         start, end = (run.percent_to_sigma(p) for p in self.percents)
         series = run.clock.evaluations_a_step if run.clock.returns else 1
         return TokenState((start, end), self.refresh_every * series)

@@ -14,6 +14,7 @@ import torch
 
 from ..kernels.tokens.gather_rows import gather_rows
 from ..kernels.tokens.scatter_rows import scatter_rows
+from ..methods.cache.profile import Profile
 from ..methods.cache.region import (
     Choice,
     ages,
@@ -25,10 +26,11 @@ from ..methods.cache.schedule import Schedule
 from .attention import AttentionFeature
 from .attention_around import KeyFeature
 from .blocks import BlockFeature, BlockPosition, Streams, positions
-from .cache import EASYCACHE, CacheFeature
+from .cache import DOUBLED, EASYCACHE, CacheFeature
 from .clear_weights import ClearFeature
 from .forward import Forward, ModelFeature
 from .memory import grid_of
+from .profiles import check_profile
 from .region_rows import gathered, patch_of, place_of, unfit, widened
 from .region_state import FP8, Call, Lane, RegionState, activity_map
 from .run import Feature, Run
@@ -49,21 +51,22 @@ class RegionFeature(ModelFeature, BlockFeature, KeyFeature):
     reset_every: int = 8
     reset_steps: frozenset[int] | None = None
     kv_cache_dtype: str = "model"
+    cache_device: str = "gpu"
     region_mask: torch.Tensor | None = None  # [F, H, W]: always computed
     schedule: Schedule | None = None
+    profile: Profile | None = None
 
     @property
     def off(self) -> bool:
         return self.choice.ratio >= 1
 
     def begin(self, run: Run) -> RegionState:
+        check_profile(self, run)
         steps, end = run.clock.steps, run.percent_to_sigma(self.end_percent)
-        if self.schedule is not None:
-            dense = self.schedule.for_run(run.clock.sigmas[:-1] or run.clock.sigmas)
-            plan = [not d for d in dense]
-        else:
-            plan = sparse_steps(steps, self.start_step, self.reset_every, self.reset_steps)
         sigmas = run.clock.sigmas
+        plan = sparse_steps(steps, self.start_step, self.reset_every, self.reset_steps)
+        if self.schedule is not None:
+            plan = [not dense for dense in self.schedule.for_run(sigmas[:-1] or sigmas)]
         return RegionState([s and i < len(sigmas) and sigmas[i] >= end for i, s in enumerate(plan)])
 
     def check_arch(self, arch, class_name: str) -> None:
@@ -97,16 +100,13 @@ class RegionFeature(ModelFeature, BlockFeature, KeyFeature):
 
     def refuses(self, transformer_options: dict[str, Any]) -> str | None:
         if EASYCACHE in transformer_options and not self.off:
-            return (
-                f"{self.name} and core's EasyCache or LazyCache are on the same MODEL, and each would skip on top of "
-                "the other's skipped steps. Remove one of them, or use them on different samplers."
-            )
+            return DOUBLED.format(self.name)
         return None
 
     def held_bytes(self, run: Run, noise_shape: tuple[int, ...], conds: dict[str, Any]) -> int:
         """Keys and values of every block and prompt. ValueError where they would take more than half the memory."""
         grid = grid_of(run, noise_shape) if run.arch is not None and not self.off else None
-        if grid is None or not any(run.states[self].sparse):
+        if grid is None or self.cache_device != "gpu" or not any(run.states[self].sparse):
             return 0
         model = run.model.diffusion_model
         heads, width = heads_of(model)
@@ -116,11 +116,11 @@ class RegionFeature(ModelFeature, BlockFeature, KeyFeature):
         held = 2 * blocks * rows * tokens * heads * (width * dtype.itemsize + (4 if dtype == FP8 else 0))
         budget = BUDGET * comfy.model_management.get_total_memory(comfy.model_management.get_torch_device())
         if held > budget:
-            less = "" if self.kv_cache_dtype == "fp8_e4m3" else "Set kv_cache_dtype to fp8_e4m3, or use "
+            less = "" if self.kv_cache_dtype == "fp8_e4m3" else " or kv_cache_dtype to fp8_e4m3"
             raise ValueError(
                 f"{self.name} would hold keys and values of {tokens} tokens in {blocks} blocks for {rows} rows, "
-                f"{held / 2**30:.1f} GiB of the {budget / 2**30:.1f} GiB it may take. {less or 'Use '}a smaller "
-                "picture, fewer frames or a smaller batch; Taylor Cache holds far less."
+                f"{held / 2**30:.1f} GiB of the {budget / 2**30:.1f} GiB it may take. Set cache_device to cpu{less}, or use "
+                "a smaller picture; Taylor Cache holds far less."
             )
         return held
 
@@ -261,7 +261,7 @@ class RegionFeature(ModelFeature, BlockFeature, KeyFeature):
                 for key, mine, its in zip(
                     forward.keys, *(t[:, :, image].chunk(len(forward.keys)) for t in (k, v)), strict=True
                 ):
-                    state.keep(key, at, mine, its, dtype)
+                    state.keep(key, at, mine, its, dtype, None if self.cache_device == "gpu" else self.cache_device)
                 call.filled.add(forward.block.number)
             return None
         short = total - place.tokens + call.active.shape[-1]

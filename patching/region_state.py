@@ -24,8 +24,9 @@ class Rows:
     scale: torch.Tensor | None = None  # [b, H, N, 1] fp32
 
     @classmethod
-    def of(cls, rows: torch.Tensor, dtype: torch.dtype | None) -> "Rows":
-        """A copy in this precision; None: the rows' own."""
+    def of(cls, rows: torch.Tensor, dtype: torch.dtype | None, device: str | torch.device | None = None) -> "Rows":
+        """A copy in this precision, on this device; None: the rows' own."""
+        rows = rows if device is None else rows.to(device)
         if dtype is not FP8:
             return cls(rows.to(dtype or rows.dtype, copy=True, memory_format=torch.contiguous_format))
         scale = rows.float().abs().amax(-1, keepdim=True).clamp_min(1e-12) / torch.finfo(FP8).max
@@ -33,15 +34,16 @@ class Rows:
 
     def write(self, rows: torch.Tensor, at: torch.Tensor) -> None:
         """rows [b, H, M, D] in the place of those at [b, M]."""
-        new = Rows.of(rows, self.data.dtype)
+        new, at = Rows.of(rows, self.data.dtype, self.data.device), at.to(self.data.device)
         at = at[:, None, :, None].expand(-1, rows.shape[1], -1, -1)
         held, added = (t.view(torch.uint8) if t.dtype == FP8 else t for t in (self.data, new.data))
         held.scatter_(2, at.expand(-1, -1, -1, rows.shape[-1]), added)
         if self.scale is not None and new.scale is not None:
             self.scale.scatter_(2, at, new.scale)
 
-    def read(self, dtype: torch.dtype) -> torch.Tensor:
-        return self.data.to(dtype) if self.scale is None else (self.data.float() * self.scale).to(dtype)
+    def read(self, dtype: torch.dtype, device: str | torch.device | None = None) -> torch.Tensor:
+        held = self.data.to(dtype) if self.scale is None else (self.data.float() * self.scale).to(dtype)
+        return held if device is None else held.to(device)
 
     @property
     def held(self) -> int:
@@ -149,8 +151,8 @@ class RegionState:
         """Whether every stream of this call has a prediction and all keys and values."""
         return all(key in self.filled and key in self.velocity for key in forward.keys)
 
-    def keep(self, key: StreamKey, at: tuple[int, int], k, v, dtype: torch.dtype | None) -> None:
-        self.kept.setdefault(key, {})[at] = Rows.of(k, dtype), Rows.of(v, dtype)
+    def keep(self, key: StreamKey, at: tuple[int, int], k, v, dtype: torch.dtype | None, device=None) -> None:
+        self.kept.setdefault(key, {})[at] = Rows.of(k, dtype, device), Rows.of(v, dtype, device)
 
     def full(self, keys: tuple[StreamKey, ...], of, rows: torch.Tensor, image: slice, total: int, active: torch.Tensor):
         """Keys or values [B, H, M', D] of computed tokens, of (block, nth call) and which of the two -> those of all
@@ -163,7 +165,7 @@ class RegionState:
         for key, new, out in zip(keys, computed, full.chunk(count), strict=True):
             kept = self.kept[key][at][which]
             kept.write(new, active)
-            out[:, :, image] = kept.read(rows.dtype)
+            out[:, :, image] = kept.read(rows.dtype, rows.device)
         return full
 
     def settled(self, forward: Forward, call: Call, blocks: int) -> None:

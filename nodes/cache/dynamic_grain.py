@@ -1,6 +1,7 @@
 from comfy_api.latest import io
 
 from ...methods.cache.grain import CELLS, MEASURES
+from ...patching.cache_widgets import profiled, where_cached
 from ...patching.dynamic_grain import DynamicGrain as Feature
 from ...patching.run import attach
 from ...patching.widgets import parse_blocks, percents
@@ -43,6 +44,7 @@ class DynamicGrain(io.ComfyNode):
                     tooltip="On a model that cannot be served: stop with a sentence, or log it and leave the model as it is."),
                 io.Mask.Input("mask", optional=True,
                     tooltip="Cells that it touches are never merged, e.g. faces or text. Several pictures are spread over a video."),
+                *(widget for widget in where_cached() if widget.id == "profile"),
             ],
             outputs=[io.Model.Output(tooltip="The MODEL that merges smooth cells. Connect it to the sampler.")],
             hidden=[io.Hidden.unique_id],
@@ -50,13 +52,13 @@ class DynamicGrain(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, model, coarse_fraction, start_percent, end_percent, blocks, mask=None, **rest):
+    def execute(cls, model, **inputs):
+        inputs = profiled("Dynamic Grain", inputs)
         feature = Feature(
             cls.hidden.unique_id,
-            fraction=coarse_fraction,
-            percents=percents(start_percent, end_percent),
-            blocks=parse_blocks(blocks),
-            mask=mask,
-            **rest,
+            fraction=inputs.pop("coarse_fraction"),
+            percents=percents(inputs.pop("start_percent"), inputs.pop("end_percent")),
+            blocks=parse_blocks(inputs.pop("blocks")),
+            **inputs,
         )
         return io.NodeOutput(attach(model, feature))

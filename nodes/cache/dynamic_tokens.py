@@ -1,6 +1,7 @@
 from comfy_api.latest import io
 
 from ...methods.cache.tokens import Share
+from ...patching.cache_widgets import profiled, where_cached
 from ...patching.dynamic_tokens import DynamicTokens as Feature
 from ...patching.run import attach
 from ...patching.widgets import parse_blocks, percents
@@ -44,6 +45,7 @@ class DynamicTokens(io.ComfyNode):
                     tooltip="Precision of outputs to reuse. model keeps the model's own; bfloat16 halves the memory of fp32."),
                 io.Combo.Input("unsupported", options=["error", "warn"], advanced=True,
                     tooltip="On a model that cannot be served: stop with a sentence, or log it and leave the model as it is."),
+                *(widget for widget in where_cached() if widget.id == "profile"),
             ],
             outputs=[io.Model.Output(tooltip="The MODEL whose MLPs skip tokens. Connect it to the sampler.")],
             hidden=[io.Hidden.unique_id],
@@ -51,12 +53,13 @@ class DynamicTokens(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, model, quantile, min_active, blocks, start_percent, end_percent, **rest):
+    def execute(cls, model, **inputs):
+        inputs = profiled("Dynamic Tokens", inputs)
         feature = Feature(
             cls.hidden.unique_id,
-            share=Share(quantile, min_active),
-            blocks=parse_blocks(blocks),
-            percents=percents(start_percent, end_percent),
-            **rest,
+            share=Share(inputs.pop("quantile"), inputs.pop("min_active")),
+            blocks=parse_blocks(inputs.pop("blocks")),
+            percents=percents(inputs.pop("start_percent"), inputs.pop("end_percent")),
+            **inputs,
         )
         return io.NodeOutput(attach(model, feature))

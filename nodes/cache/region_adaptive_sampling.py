@@ -1,11 +1,11 @@
 from comfy_api.latest import io
 
 from ...methods.cache.region import KEEPS, METRICS, RATIOS, Choice, parse_resets
-from ...patching.cache_widgets import where_cached
+from ...patching.cache_widgets import profiled, where_cached
 from ...patching.region import DTYPES, RegionFeature
 from ...patching.run import attach
 
-SHARED = {"unsupported", "schedule"}
+SHARED = {"cache_device", "unsupported", "schedule", "profile"}
 
 
 class RegionAdaptiveSampling(io.ComfyNode):
@@ -58,8 +58,11 @@ class RegionAdaptiveSampling(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, model, sample_ratio, metric, keep, starvation, mixed_fraction, ratio_schedule, round_to, reset_steps,
-                **inputs):  # fmt: skip
-        choice = Choice(sample_ratio, metric, keep, mixed_fraction, starvation, round_to, ratio_schedule)
-        feature = RegionFeature(cls.hidden.unique_id, choice=choice, reset_steps=parse_resets(reset_steps), **inputs)
-        return io.NodeOutput(attach(model, feature))
+    def execute(cls, model, **inputs):
+        inputs = profiled("Region-Adaptive Sampling", inputs)
+        how = ("sample_ratio", "metric", "keep", "mixed_fraction", "starvation", "round_to", "ratio_schedule")
+        choice = Choice(*(inputs.pop(name) for name in how))
+        resets = parse_resets(inputs.pop("reset_steps"))
+        return io.NodeOutput(
+            attach(model, RegionFeature(cls.hidden.unique_id, choice=choice, reset_steps=resets, **inputs))
+        )

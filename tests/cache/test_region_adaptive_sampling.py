@@ -7,10 +7,12 @@ import comfy.model_management
 import comfy.model_patcher
 import pytest
 import torch
-from nodes_helper import Job, error, model_of
+from nodes_helper import Job, error, model_of, run_node
 from region_helper import ras, steps, told
 
 from tessera import archs
+from tessera.methods.cache.profile import Profile
+from tessera.nodes.cache.region_adaptive_sampling import RegionAdaptiveSampling
 from tessera.patching.region_state import Call, Lane, RegionState, Rows
 from tessera.patching.run import Run
 
@@ -199,3 +201,15 @@ def test_resets_ends_and_ratios():
     rising = ras(model, ratio_schedule="linear_up", reset_every=0, round_to=1)
     Job(spec)(rising)
     assert told(rising)["tokens_fraction"] == pytest.approx((2 + 6 * 0.5) / 8, abs=0.02)
+
+
+def test_keys_and_values_on_the_cpu_and_settings_from_a_profile():
+    model, spec = model_of("flux")
+    want = Job(spec)(run_node(RegionAdaptiveSampling, model=model, start_step=2, sample_ratio=0.4, round_to=1)[0])
+    profile = Profile("Region-Adaptive Sampling", {"sample_ratio": 0.4, "start_step": 2, "round_to": 1}, steps=8)
+    profiled = run_node(RegionAdaptiveSampling, model=model, cache_device="cpu", profile=profile)[0]
+    assert torch.equal(Job(spec)(profiled), want)
+    with pytest.raises(ValueError, match="number of steps 8 and not 6"):
+        Job(spec, steps=6)(profiled)
+    with pytest.raises(ValueError, match="was given a profile for Taylor Cache"):
+        run_node(RegionAdaptiveSampling, model=model, profile=Profile("Taylor Cache", {"interval": 4}))
