@@ -55,16 +55,24 @@ def _load(name: str, strict: bool) -> list[type[io.ComfyNode]]:
 
 class TesseraExtension(ComfyExtension):
     async def on_load(self) -> None:
-        from ..patching.replacements import replacements
-
         folder_paths.add_model_folder_path("diffusion_models", str(ROOT / "models"))
-        for replacement in replacements(discover()):
-            await ComfyAPI().node_replacement.register(replacement)
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         found = discover()
         log.info("Tessera: %d nodes, %s", len(found), _kernels())
+        await _register(found)
         return found
+
+
+async def _register(found: list[type[io.ComfyNode]]) -> None:
+    """Offers our nodes for those of other packs; a ComfyUI without a server, or without replacements, goes without."""
+    try:
+        from ..patching.replacements import replacements
+
+        for replacement in replacements(found):
+            await ComfyAPI().node_replacement.register(replacement)
+    except Exception:
+        log.info("Tessera: nodes of other packs are not replaced here", exc_info=log.isEnabledFor(logging.DEBUG))
 
 
 def _kernels() -> str:

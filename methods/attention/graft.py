@@ -57,7 +57,9 @@ def load(path: str, op: str = "linear") -> Graft:
 def _hparams(path: str, text: str) -> dict[str, Any]:
     try:
         found = json.loads(text)
-        fits = all(type(v) is (int if k == "heads" else float if k == "eps" else str) for k, v in found.items())
+        fits = all(
+            type(v) is (int if k == "heads" else float if k == "eps" else str) for k, v in found.items() if k in HPARAMS
+        )
     except (ValueError, AttributeError):
         fits = False
     if not fits:

@@ -23,10 +23,11 @@ FEW = 2  # sampler steps: enough to run every node, too few for a good picture
 
 
 def quick(graph):
-    """The graph with few sampler steps."""
+    """The graph with few sampler steps; as many as there must be where a schedule is planned."""
+    planned = any(n["class_type"] in ("TesseraCacheSchedule", "TesseraSolveThreshold") for n in graph.values())
     for node in graph.values():
         if isinstance(node["inputs"].get("steps"), int):
-            node["inputs"]["steps"] = min(FEW, node["inputs"]["steps"])
+            node["inputs"]["steps"] = min(8 if planned else FEW, node["inputs"]["steps"])
         if isinstance(node["inputs"].get("repeats"), int):
             node["inputs"]["repeats"] = 1
     return graph
@@ -66,7 +67,7 @@ def on_stand_ins(graph, width, pooled):
     for seed, (key, node) in enumerate(graph.items()):
         if node["class_type"] == "CLIPTextEncode":
             graph[key] = {"class_type": "StandInText", "inputs": {"width": width, "pooled": pooled, "seed": seed}}
-        for name, value in (("width", 64), ("height", 96), ("min_tokens", 0)):
+        for name, value in (("width", 64), ("height", 96), ("min_tokens", 0), ("radius", 3)):
             if name in node["inputs"]:
                 node["inputs"][name] = value
     return quick({key: node for key, node in graph.items() if node["class_type"] != "DualCLIPLoader"})
