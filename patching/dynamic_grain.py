@@ -20,8 +20,9 @@ from .cache_output import OutputCache
 from .convention import NAMES
 from .dynamic_tokens import REGIONS, DynamicTokens, parameters
 from .forward import Forward, ModelFeature
-from .grain_rows import Image, image_of, merged_arguments, unfit
+from .grain_rows import image_of, merged_arguments, unfit
 from .profiles import check_profile
+from .region_rows import Place
 from .run import Feature, Run
 
 OVERRIDE = "optimized_attention_override"
@@ -164,7 +165,7 @@ class DynamicGrain(ModelFeature, BlockFeature):
             return proceed(streams)
         return self._merged(state, forward, block, streams, image, grain, proceed)
 
-    def _merged(self, state, forward: Forward, block, streams: Streams, image: Image, grain: Grain, proceed) -> Streams:
+    def _merged(self, state, forward: Forward, block, streams: Streams, image: Place, grain: Grain, proceed) -> Streams:
         """The block on fewer tokens."""
         at = slice(image.offset, image.offset + image.tokens)
         own = streams[0][:, at]
@@ -218,7 +219,7 @@ class DynamicGrain(ModelFeature, BlockFeature):
             score = score.masked_fill(keep.to(score.device), math.inf)
         return grain_of(score, members, math.prod(grid), count)
 
-    def _count(self, state: GrainState, forward: Forward, block, image: Image, stream, grain: Grain | None) -> None:
+    def _count(self, state: GrainState, forward: Forward, block, image: Place, stream, grain: Grain | None) -> None:
         """Linear layers and attention of image tokens, two operations a multiplication."""
         rows, width = stream.shape[0], stream.shape[-1]
         left = image.tokens if grain is None else grain.merged
@@ -257,7 +258,7 @@ class DynamicGrain(ModelFeature, BlockFeature):
         return f"{merged}: {saved}{declined}"
 
 
-def _with_mass(options: dict[str, Any], block: BlockPosition, image: Image, grain: Grain) -> dict[str, Any]:
+def _with_mass(options: dict[str, Any], block: BlockPosition, image: Place, grain: Grain) -> dict[str, Any]:
     """Options whose attention adds log(size) to the logits of merged keys, so that a cell weighs as all its tokens."""
     earlier, met = options.get(OVERRIDE), [0]
     cells = grain.merged - grain.fine

@@ -1,6 +1,5 @@
 """Where image tokens lie in a block whose cells are merged, and the block's per-token arguments for the merged ones."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,27 +9,13 @@ from ..kernels.tokens.merge_cells import merge_cells
 from ..methods.cache.grain import Grain, merge_rotations
 from .blocks import BlockPosition, Streams
 from .forward import Forward
+from .region_rows import Place
 
 MASKS = ("attn_mask", "attention_mask", "x_mask")
 OWN_TIME = ("modulation_dims", "timestep_zero")  # beginnings of arguments that give some tokens another time step
 
 
-@dataclass(frozen=True)
-class Image:
-    """The image tokens of one block."""
-
-    tokens: int
-    offset: int  # in its first stream
-    stream: int  # tokens of that
-    start: int  # in its joint attention calls
-    total: int  # tokens of those
-
-    def of(self, kind: str, joined: bool) -> tuple[int, int]:
-        """(start, total) in an attention call of that kind."""
-        return (self.start, self.total) if kind == "joint" or joined else (self.offset, self.stream)
-
-
-def image_of(forward: Forward, block: BlockPosition, streams: Streams) -> tuple[Image | None, str | None]:
+def image_of(forward: Forward, block: BlockPosition, streams: Streams) -> tuple[Place | None, str | None]:
     """The image tokens of this block, or why they are not known."""
     arch, grid = forward.run.arch, forward.grid
     if grid is None or forward.obscured or not torch.is_tensor(streams[0]):
@@ -49,10 +34,10 @@ def image_of(forward: Forward, block: BlockPosition, streams: Streams) -> tuple[
     offset = start - text if arch.place == "prefix" else start
     if not 0 <= offset <= stream - tokens:
         return None, "token layout unknown"
-    return Image(tokens, offset, stream, start, total), None
+    return Place(tokens, offset, stream, start, total), None
 
 
-def unfit(forward: Forward, block: BlockPosition, image: Image | None) -> str | None:
+def unfit(forward: Forward, block: BlockPosition, image: Place | None) -> str | None:
     """Why the arguments of this block cannot be merged."""
     arguments = forward.arguments
     if image is None:
@@ -75,7 +60,7 @@ def unfit(forward: Forward, block: BlockPosition, image: Image | None) -> str | 
     return None
 
 
-def merged_arguments(forward: Forward, block: BlockPosition, image: Image, grain: Grain, held: dict[Any, Any]):
+def merged_arguments(forward: Forward, block: BlockPosition, image: Place, grain: Grain, held: dict[Any, Any]):
     """{name: the argument for merged tokens}. held: what earlier blocks of this call made of the same tensors."""
     found = {}
     for name, (axis, ndim) in block.spec.per_token.items():
@@ -89,7 +74,7 @@ def merged_arguments(forward: Forward, block: BlockPosition, image: Image, grain
     return found
 
 
-def _merged(value: torch.Tensor, axis: int, image: Image, grain: Grain) -> torch.Tensor:
+def _merged(value: torch.Tensor, axis: int, image: Place, grain: Grain) -> torch.Tensor:
     """A tensor with an entry for each token, or for as many in a row, along its axis -> for the merged ones."""
     batch, length = grain.order.shape[0], value.shape[axis]
     rows = value.expand(batch, *value.shape[1:]).movedim(axis, 1)
