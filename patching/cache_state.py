@@ -9,6 +9,7 @@ import torch
 from ..methods.cache.cadence import Cadence
 from ..methods.cache.control import Control, control_of
 from ..methods.cache.gate import Gate, MakeGate, Seen
+from .evaluations import Evaluations
 from .forward import Forward
 from .run import Run
 
@@ -29,7 +30,7 @@ class Lane:
 
 
 @dataclass
-class CacheState:
+class CacheState(Evaluations):
     """One run of one cache node."""
 
     cadence: Cadence
@@ -45,11 +46,8 @@ class CacheState:
     lanes: dict[Window, Lane] = field(default_factory=dict)
     stochastic: bool = False
     calls: dict[int, Any] = field(default_factory=dict)  # by forward, while it lasts: what its level remembers
-    evaluation: int = -1  # of the newest entry of decisions
     any_computed: bool = False  # of its calls
-    restarts: int = 0
     first: int = 0  # evaluation at which the newest restart began
-    decisions: list[dict[str, Any]] = field(default_factory=list)
     blocks_computed: int = 0
     blocks_skipped: int = 0
     peak_bytes: int = 0
@@ -97,17 +95,14 @@ class CacheState:
 
     def _open(self, run: Run) -> None:
         """The entry of a new evaluation."""
-        clock = run.clock
-        if self.evaluation == clock.evaluation:
-            return
-        self.evaluation = clock.evaluation
-        if clock.restarts != self.restarts:
-            self.restarts, self.first = clock.restarts, clock.evaluation
-            self.histories.clear()
-            self.lanes.clear()
-        self._forget(clock.evaluation - UNUSED * clock.evaluations_a_step)
-        self.any_computed = False
-        self.decisions.append({"step": clock.step, "sigma": round(clock.sigma, 6), "kind": "full"})
+        if self.begins(run):
+            self._forget(self.evaluation - UNUSED * run.clock.evaluations_a_step)
+            self.any_computed = False
+
+    def restarted(self, run: Run) -> None:
+        self.first = run.clock.evaluation
+        self.histories.clear()
+        self.lanes.clear()
 
     def _forget(self, before: int) -> None:
         for key in [k for k, at in self.used.items() if at < before]:

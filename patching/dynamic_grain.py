@@ -19,6 +19,7 @@ from .cache_each import ModuleCache
 from .cache_output import OutputCache
 from .convention import NAMES
 from .dynamic_tokens import REGIONS, DynamicTokens, parameters
+from .evaluations import Evaluations
 from .forward import Forward, ModelFeature
 from .grain_rows import image_of, merged_arguments, unfit
 from .profiles import check_profile
@@ -41,7 +42,7 @@ class Lane:
 
 
 @dataclass
-class GrainState:
+class GrainState(Evaluations):
     """One run of one node."""
 
     window: tuple[float, float]  # sigmas, noisy to clean
@@ -50,29 +51,23 @@ class GrainState:
     cells: dict[Any, Any] = field(default_factory=dict)  # by grid: members of cells, and which of them are forced fine
     arguments: dict[Any, Any] = field(default_factory=dict)  # by forward: merged arguments
     declined: dict[str, int] = field(default_factory=dict)
-    evaluation: int = -1
-    restarts: int = 0
     tokens: int = 0  # image tokens that entered the chosen blocks
     tokens_computed: int = 0
     flops: float = 0.0
     flops_saved: float = 0.0
-    decisions: list[dict[str, Any]] = field(default_factory=list)
 
     def open(self, run: Run) -> None:
-        clock = run.clock
-        if clock.evaluation == self.evaluation:
+        if not self.begins(run):
             return
-        self.evaluation = clock.evaluation
-        if clock.restarts != self.restarts:
-            self.restarts = clock.restarts
-            self.lanes.clear()
-        before = clock.evaluation - UNUSED
+        before = self.evaluation - UNUSED
         for key in [k for k, lane in self.lanes.items() if lane.seen < before]:
             del self.lanes[key]
         for lane in self.lanes.values():
             lane.estimate = lane.newest.get(0, next(iter(lane.newest.values()), None))
             lane.newest = {}
-        self.decisions.append({"step": clock.step, "sigma": round(clock.sigma, 6), "kind": "full"})
+
+    def restarted(self, run: Run) -> None:
+        self.lanes.clear()
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,7 @@ from ..methods.cache.profile import Profile
 from ..methods.cache.tokens import Share, contribution, parted
 from .blocks import BlockFeature, BlockPosition, Streams, block_path, positions
 from .cache_each import ModuleCache
+from .evaluations import Evaluations
 from .forward import Forward
 from .memory import stream_elements
 from .profiles import check_profile
@@ -36,34 +37,28 @@ class Choice:
 
 
 @dataclass
-class TokenState:
+class TokenState(Evaluations):
     """One run of one node."""
 
     window: tuple[float, float]  # sigmas, noisy to clean
     lasts: int  # evaluations that a choice serves
     choices: dict[Any, Choice] = field(default_factory=dict)  # by stream, series, block and stream of the block
     entered: dict[Any, Streams] = field(default_factory=dict)  # by forward: the streams of the block being computed
-    evaluation: int = -1
-    restarts: int = 0
     rows: int = 0  # of all chosen MLPs, had all been computed
     rows_computed: int = 0
     flops: float = 0.0
     flops_saved: float = 0.0
     peak_bytes: int = 0
-    decisions: list[dict[str, Any]] = field(default_factory=list)
 
     def open(self, run: Run) -> None:
         """The entry of a new evaluation; choices that would not serve it any more go."""
-        clock = run.clock
-        if clock.evaluation == self.evaluation:
+        if not self.begins(run):
             return
-        self.evaluation = clock.evaluation
-        if clock.restarts != self.restarts:
-            self.restarts = clock.restarts
-            self.choices.clear()
-        for key in [k for k, choice in self.choices.items() if clock.evaluation - choice.evaluation >= self.lasts]:
+        for key in [k for k, choice in self.choices.items() if self.evaluation - choice.evaluation >= self.lasts]:
             del self.choices[key]
-        self.decisions.append({"step": clock.step, "sigma": round(clock.sigma, 6), "kind": "full"})
+
+    def restarted(self, run: Run) -> None:
+        self.choices.clear()
 
     def count(self, rows: int, computed: int, parameters: int) -> None:
         self.rows += rows

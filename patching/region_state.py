@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..methods.cache.region import Grid, measure
+from .evaluations import Evaluations
 from .forward import Forward, StreamKey
 from .region_rows import Place
 
@@ -104,7 +105,7 @@ class Call:
 
 
 @dataclass
-class RegionState:
+class RegionState(Evaluations):
     """One run."""
 
     sparse: list[bool]  # whether each step may leave tokens out
@@ -114,9 +115,6 @@ class RegionState:
     used: dict[StreamKey, int] = field(default_factory=dict)  # evaluation of each stream's newest prediction
     filled: set[StreamKey] = field(default_factory=set)  # streams of which every layer is kept
     calls: dict[int, Call] = field(default_factory=dict)  # by forward, while it lasts
-    evaluation: int = -1
-    restarts: int = 0
-    decisions: list[dict[str, Any]] = field(default_factory=list)
     computed: int = 0  # image tokens, over rows and calls
     tokens: int = 0
     peak_bytes: int = 0
@@ -124,16 +122,12 @@ class RegionState:
 
     def open(self, run) -> None:
         """The entry of a new evaluation."""
-        clock = run.clock
-        if self.evaluation == clock.evaluation:
-            return
-        self.evaluation = clock.evaluation
-        if clock.restarts != self.restarts:
-            self.restarts = clock.restarts
-            self.lanes.clear()
-            self._forget(clock.evaluation + 1)
-        self._forget(clock.evaluation - UNUSED * clock.evaluations_a_step)
-        self.decisions.append({"step": clock.step, "sigma": round(clock.sigma, 6), "kind": "full"})
+        if self.begins(run):
+            self._forget(self.evaluation - UNUSED * run.clock.evaluations_a_step)
+
+    def restarted(self, run) -> None:
+        self.lanes.clear()
+        self._forget(run.clock.evaluation + 1)
 
     def _forget(self, before: int) -> None:
         for key in [k for k, at in self.used.items() if at < before]:
