@@ -1,0 +1,1 @@
+"""Quantized weights: how they are packed, and products with them."""
