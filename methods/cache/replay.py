@@ -56,6 +56,13 @@ class Measured:
             return math.nan
         return float(self.errors.std(ddof=1) / self.errors.mean() / math.sqrt(batch))
 
+    def and_also(self, other: "Measured") -> "Measured":
+        """Both together, of the same setting with other seeds."""
+        seeds = len(self.runs), len(other.runs)
+        mean = lambda a, b: float(np.average((a, b), weights=seeds))  # noqa: E731
+        errors, runs = np.concatenate((self.errors, other.errors)), np.concatenate((self.runs, other.runs))
+        return Measured(self.mask, errors, runs, mean(self.full, other.full), mean(self.total, other.total))
+
 
 class Replay:
     """Estimates of the final error for masks of steps. sigmas: N + 1 of the schedule; x: [N], what forecasts

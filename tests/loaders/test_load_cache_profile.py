@@ -4,13 +4,17 @@ import json
 
 import pytest
 from nodes_helper import model_of, run_node, taylor
+from pack import ROOT
 
+import comfy.sd  # isort: skip
 import folder_paths  # isort: skip
 
 from tessera.methods.cache.profile import Profile
 from tessera.methods.cache.profile_files import FOLDER, save
 from tessera.nodes.loaders.load_cache_profile import LoadCacheProfile
+from tessera.patching.sizes import fingerprint
 
+CARRIED_FILE = "digits_image_taylor.json"
 PROFILE = Profile("Taylor Cache", {"interval": 4}, "", "sample_euler", 20, {"error": 0.05, "spread": None})
 
 
@@ -20,13 +24,21 @@ def folder(tmp_path, monkeypatch):
     return tmp_path / FOLDER
 
 
-def test_files_of_the_folder_are_offered(folder):
+def test_files_of_the_folder_and_those_of_the_pack_are_offered(folder):
     offered = lambda: LoadCacheProfile.define_schema().inputs[0].options  # noqa: E731
-    assert offered() == []
+    assert offered() == [CARRIED_FILE]
     save(folder, "b", PROFILE)
     save(folder, "a", PROFILE)
     (folder / "notes.txt").write_text("no profile")
-    assert offered() == ["a.json", "b.json"]
+    assert offered() == ["a.json", "b.json", CARRIED_FILE]
+
+
+def test_what_the_pack_carries_is_for_its_own_model_and_steps_aside_for_the_users(folder):
+    found, about = run_node(LoadCacheProfile, profile=CARRIED_FILE)
+    model = comfy.sd.load_diffusion_model(str(ROOT / "models" / "digits_flux.safetensors"))
+    assert found.model == fingerprint(model.model.diffusion_model) and "20 steps" in about
+    save(folder, CARRIED_FILE, PROFILE)
+    assert run_node(LoadCacheProfile, profile=CARRIED_FILE)[0] == PROFILE
 
 
 def test_it_loads_and_tells(folder):
