@@ -3,22 +3,25 @@
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+
+from .files.finite import finite
+from .files.header import read_header
+from .files.place import Damaged
 
 
 def read_weights(path: str | Path, remedy: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """(tensors by key, metadata). ValueError, one sentence with the file's name and the remedy, where it is damaged, no
-    safetensors file, or holds numbers that are not finite."""
+    """(tensors by key, metadata), held in memory. ValueError, one sentence with the file's name and the remedy, where it
+    is damaged, no safetensors file, or holds numbers that are not finite."""
     path = Path(path)
     try:
-        with safe_open(str(path), "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
-    except SafetensorError as error:
-        raise ValueError(f"{path.name} is damaged or no safetensors file ({error}); {remedy}.") from error
+        header = read_header(path)
+        data = header.map()
+        tensors = {key: data.tensor(e.start, e.stop, e.dtype, e.shape).clone() for key, e in header.tensors.items()}
+    except Damaged as error:
+        raise ValueError(f"{path.name} is damaged or no safetensors file ({error.why}); {remedy}.") from error
     for key, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise ValueError(f"{path.name}: {key} holds {str(tensor.dtype)[6:]} and not floating point; {remedy}.")
-        if not tensor.isfinite().all():
+        if not finite(tensor):
             raise ValueError(f"{path.name}: {key} {[*tensor.shape]} is not finite; {remedy}.")
-    return tensors, metadata
+    return tensors, header.metadata
