@@ -24,7 +24,7 @@ def model(tmp_path_factory):
 
 def moved_patch(x: torch.Tensor, grid, flat: int) -> torch.Tensor:
     """x [1, C, (T,) H, W] with one patch of the grid changed."""
-    x, (frames, rows, columns) = x.clone(), grid
+    x, (_, rows, columns) = x.clone(), grid
     t, h, w = flat // (rows * columns), flat // columns % rows, flat % columns
     ph, pw = x.shape[-2] // rows, x.shape[-1] // columns
     part = x[..., h * ph : (h + 1) * ph, w * pw : (w + 1) * pw]
