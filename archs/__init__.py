@@ -29,8 +29,11 @@ def all_archs() -> dict[tuple[str, str], Arch]:
 
 def find(diffusion_model: Any) -> Arch | None:
     """The family of this model, by its exact class; None for a model we do not know (a subclass, or another package's
-    class of the same name, counts as unknown: it may lay its tokens out differently)."""
+    class of the same name, counts as unknown: it may lay its tokens out differently). A model of diffusers names its
+    class there as `bridged`."""
     kind = type(diffusion_model)
+    if (bridged := getattr(kind, "bridged", None)) is not None:
+        return all_archs().get(("diffusers", bridged.__name__))
     if not kind.__module__.startswith("comfy.ldm."):
         return None
     parts = kind.__module__.split(".")[2:]

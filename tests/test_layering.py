@@ -17,7 +17,12 @@ RULES = {  # folder: (pack folders it may import, outside packages besides the s
                                                                           "comfy_execution", "server"}),
     "nodes": ({"patching", "methods", "networks", "kernels", "archs"}, {"torch", "comfy_api", "folder_paths"}),
 }  # fmt: skip
-EXTRA = {"patching/diffusers.py": {"diffusers"}}  # the bridge to another host
+EXTRA = {  # the bridge to another host
+    "patching/diffusers.py": {"diffusers"},
+    "patching/diffusers_arguments.py": {"diffusers"},
+    "patching/diffusers_files.py": {"safetensors"},
+    "patching/diffusers_load.py": {"diffusers"},
+}
 FILES = [p for folder in RULES for p in sorted((ROOT / folder).rglob("*.py"))]
 
 

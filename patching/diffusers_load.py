@@ -1,0 +1,160 @@
+"""Load Diffusers Model: a transformer of diffusers from a folder or a file on this disk becomes a MODEL."""
+
+import inspect
+import logging
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+import torch
+
+from .. import archs
+from .diffusers_blocks import offer
+from .diffusers_files import beside, read_config, read_tensors, weight_files
+from .diffusers_model import SWAPPED, Bridge, BridgedModel, settings, swap_layers
+from .diffusers_sampling import noise_of
+from .diffusers_table import TABLE, Row
+
+log = logging.getLogger("tessera")
+NODE = "Load Diffusers Model"
+DTYPES = {"default": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def load(path: str, weight_dtype: str = "default", disable_dynamic: bool = False):
+    """The ModelPatcher of that choice. ValueError, one sentence, where it cannot be."""
+    chosen = Path(path)
+    name, config = read_config(chosen, TABLE)
+    row, kind = TABLE[name], class_named(name)
+    model = build(kind, row, config)
+    config = dict(model.config)  # with the defaults of what the file leaves out
+    latents = latents_of(name, row, config, beside(chosen, "vae", "config.json"))
+    told = beside(chosen, "scheduler", "scheduler_config.json")
+    noise = noise_of(row.schedule(config) if told is None else told, "scheduler/scheduler_config.json")
+
+    shapes = {key: value.shape for key, value in model.state_dict().items()}
+    ignored = getattr(kind, "_keys_to_ignore_on_load_unexpected", None) or ()
+    weights = read_tensors(weight_files(chosen), shapes, ignored)
+    family = settings(row, config, noise, latents)
+    device = comfy.model_management.get_torch_device()
+    dtype = _dtype(family, weights, DTYPES[weight_dtype], device)
+    place(model, weights, dtype, family.manual_cast_dtype or dtype)
+    offer(model, archs.find(model))
+    patcher = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    made = patcher(
+        BridgedModel(family, noise, model),
+        load_device=device,
+        offload_device=comfy.model_management.unet_offload_device(),
+    )
+    made.cached_patcher_init = (load, (path, weight_dtype))
+    log.info("%s: %s, %s weights", NODE, name, str(dtype)[6:])
+    return made
+
+
+def class_named(name: str) -> type:
+    """The class of diffusers. ValueError where diffusers is missing or too old."""
+    try:
+        import diffusers
+
+        return getattr(diffusers, name)
+    except ImportError as error:
+        raise ValueError(
+            f"{NODE} needs the Python packages diffusers and transformers ({error}). Install them where ComfyUI runs."
+        ) from error
+    except (AttributeError, RuntimeError) as error:
+        raise ValueError(f"{NODE}: the installed diffusers has no {name} ({error}). Update it.") from error
+
+
+def build(kind: type, row: Row, config: dict[str, Any]) -> Any:
+    """The model without weights: parameters on no device, tables of its own computed. ValueError for what its row does
+    not take."""
+    names = inspect.signature(kind.__init__).parameters
+    given = {key: value for key, value in config.items() if key in names and not key.startswith("_")}
+    derived = type(kind.__name__, (Bridge, kind), {"bridged": kind, "row": row, "__module__": __name__})
+    try:
+        with unplaced():
+            model = derived(**given)
+    except (TypeError, ValueError, NotImplementedError, RuntimeError, ZeroDivisionError) as error:
+        raise ValueError(
+            f"{kind.__name__} cannot be made from this config ({error}). Download config.json again."
+        ) from error
+    full = model.config
+    for key, value in row.refuses.items():
+        if full[key] != value:
+            raise ValueError(f"{kind.__name__} with {key} {full[key]} is not bridged, only with {value}.")
+    inside, outside = full["in_channels"], full["out_channels"] or full["in_channels"]
+    if outside != inside and not (row.learned and outside == 2 * inside):
+        raise ValueError(
+            f"{kind.__name__} with {inside} channels in and {outside} out wants an image or a mask beside the latent, which is "
+            "not bridged. Load the model that starts from text alone."
+        )
+    return model
+
+
+@contextmanager
+def unplaced():
+    """Parameters made inside go to the meta device at once; buffers, which hold tables, stay. For one thread only, as
+    ComfyUI's nodes run."""
+    register = torch.nn.Module.register_parameter
+
+    def on_meta(module, name, parameter):
+        if parameter is not None:
+            parameter = torch.nn.Parameter(parameter.to("meta"), requires_grad=False)
+        register(module, name, parameter)
+
+    torch.nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def latents_of(name: str, row: Row, config: dict[str, Any], autoencoder: dict[str, Any] | None):
+    """The latent format. An autoencoder's config beside the model tells its scale. ValueError where nothing tells."""
+    latents, channels = row.latents(config), config["in_channels"] // row.channels
+    scale = None if autoencoder is None else autoencoder.get("scaling_factor")
+    if latents is None and name == "PixArtTransformer2DModel" and scale is not None:
+        latents = row.latents({**config, "sample_size": 128, "use_additional_conditions": scale == 0.18215})
+    if latents is None:
+        raise ValueError(
+            f"{name} of this config has more than one possible autoencoder. Put its vae/config.json beside the transformer's "
+            "folder, as in the released pipeline."
+        )
+    if latents.latent_channels != channels:
+        raise ValueError(
+            f"{name} with {channels} latent channels is not bridged; its autoencoder has {latents.latent_channels}."
+        )
+    if scale is not None and hasattr(latents, "scale_factor") and latents.scale_factor != 1.0:
+        latents.scale_factor = scale
+    return latents
+
+
+def _dtype(family, weights: dict[str, torch.Tensor], asked: torch.dtype | None, device) -> torch.dtype:
+    """The dtype of the weights, and in the family what they are computed in."""
+    count, management = sum(w.numel() for w in weights.values()), comfy.model_management
+    own = max({w.dtype for w in weights.values()}, key=lambda kind: sum(w.dtype == kind for w in weights.values()))
+    supported = list(family.supported_inference_dtypes)
+    dtype = asked or management.unet_dtype(model_params=count, supported_dtypes=supported, weight_dtype=own)
+    family.set_inference_dtype(dtype, management.unet_manual_cast(dtype, device, supported), device=device)
+    return dtype
+
+
+def place(model: Any, weights: dict[str, torch.Tensor], dtype: torch.dtype, computed: torch.dtype) -> None:
+    """The weights into the model: of layers that ComfyUI casts in `dtype`, others as they are computed, and in fp32 what
+    the class keeps so."""
+    kept = getattr(type(model), "_keep_in_fp32_modules", None) or ()
+    cast = {
+        f"{path}.{name}"
+        for path, layer in model.named_modules()
+        if type(layer) in SWAPPED
+        for name in layer._parameters
+    }
+    for key in list(weights):
+        own = dtype if key in cast else computed
+        weights[key] = weights[key].to(torch.float32 if any(part in key.split(".") for part in kept) else own)
+    model.load_state_dict(weights, strict=True, assign=True)
+    model.weight_dtype = dtype
+    model.requires_grad_(False)
+    model.eval()
+    swap_layers(model)

@@ -1,0 +1,198 @@
+"""What acts on a bridged diffusers model: caches, attention methods, Compare, LoRA, offloaded weights."""
+
+from collections import Counter
+
+import comfy.lora
+import comfy.model_management
+import comfy.sample
+import comfy.sd
+import diffusers_helper as tiny
+import pytest
+import torch
+from attention_helper import Exact, plan
+from nodes_helper import facts, run_node, taylor
+
+from tessera import archs
+from tessera.nodes.attention.window_attention_3d import WindowAttention3d
+from tessera.nodes.cache.taylor_cache import TaylorCache
+from tessera.patching.diffusers_load import load
+
+LINEAR = ("SanaTransformer2DModel", "SanaVideoTransformer3DModel")
+SOFTMAX = [name for name in tiny.TINY if name not in LINEAR]
+STACKED = [name for name in tiny.TINY if not name.startswith("Latte")]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    root, made = tmp_path_factory.mktemp("models"), {}
+    return lambda name: made.setdefault(name, load(str(tiny.save(name, root)))).clone()
+
+
+def run(made, name: str, steps: int = 8, cfg: float = 2.0) -> torch.Tensor:
+    start = tiny.noise(name)
+    with torch.inference_mode():
+        return comfy.sample.sample(
+            made, start, steps, cfg, "euler", "simple", tiny.conditioning(name), tiny.conditioning(name, seed=5),
+            torch.zeros_like(start), disable_pbar=True, seed=1,
+        )  # fmt: skip
+
+
+def counted(made, name: str) -> tuple[torch.Tensor, int]:
+    """The sample, and how often a block of the stack ran."""
+    dm, ran = made.model.diffusion_model, Counter()
+    handles = [
+        # a norm or a table of its own runs in every block that is really computed
+        next(iter(block.children())).register_forward_pre_hook(lambda *_, path=path: ran.update([path]))
+        for spec in archs.find(dm).blocks
+        if spec.stack
+        for path, block in archs.block_modules(dm, spec)
+    ]
+    try:
+        return run(made, name), sum(ran.values())
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def error(got: torch.Tensor, want: torch.Tensor) -> float:
+    return ((got - want).norm() / want.norm()).item()
+
+
+@pytest.mark.parametrize("name", STACKED)
+@pytest.mark.parametrize("level", ["last_block", "block_residual"])
+def test_taylor_cache_at_blocks(model, name, level):
+    plain, every = counted(model(name), name)
+    cached, computed = counted(taylor(model(name), level=level), name)
+    full = facts_of(model, name, level)["full"]
+    assert 0 < full < 8 and computed == every * full // 8
+    assert cached.isfinite().all() and 0 < error(cached, plain) < 1
+    assert torch.equal(run(taylor(model(name), level=level, interval=1), name), plain)
+    assert torch.equal(run(model(name), name), plain)
+
+
+def facts_of(model, name: str, level: str) -> dict:
+    made = taylor(model(name), level=level)
+    run(made, name)
+    return facts(made)
+
+
+@pytest.mark.parametrize("name", tiny.TINY)
+def test_taylor_cache_at_the_output(model, name):
+    plain, made = run(model(name), name), taylor(model(name), level="output")
+    assert 0 < error(run(made, name), plain) < 1 and facts(made)["forecast"] > 0
+
+
+def test_levels_that_cannot_serve(model):
+    with pytest.raises(ValueError, match="temporal blocks of Latte alternate"):
+        taylor(model("LatteTransformer3DModel"), level="last_block")
+    with pytest.raises(ValueError, match="does not know the modules"):
+        taylor(model("FluxTransformer2DModel"), level="module")
+
+
+@pytest.mark.parametrize("name", SOFTMAX)
+def test_attention_methods_are_asked(model, name):
+    plain, made = run(model(name), name), plan(model(name), Exact())
+    assert error(run(made, name), plain) < 1e-5
+    dm = made.model.diffusion_model
+    blocks = sum(len(archs.block_modules(dm, spec)) for spec in archs.find(dm).blocks if spec.stack)
+    twice = sum(getattr(block, "attn2", None) is not None for block in dm.transformer_blocks) if "SD3" in name else 0
+    served = facts(made, "Plan")
+    evaluations = served["served"] / (blocks + twice)
+    assert not served["declined"] and evaluations in (8, 16)  # guidance in one batch or, with unlike masks, in two
+
+
+@pytest.mark.parametrize("name", SOFTMAX)
+def test_window_attention(model, name):
+    plain, settings = run(model(name), name), {"min_tokens": 0, "global_every": 0}
+    wide = run_node(WindowAttention3d, model=model(name), wt=64, wh=64, ww=64, **settings)[0]
+    assert error(run(wide, name), plain) < 1e-5
+    small = run_node(WindowAttention3d, model=model(name), wt=1, wh=1, ww=2, **settings)[0]
+    assert error(run(small, name), plain) > 1e-3 and facts(small, "Window Attention 3D")["pairs_fraction"] < 1
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_linear_attention_is_left_alone(model, name):
+    with pytest.raises(ValueError, match="self-attention is linear"):
+        run_node(WindowAttention3d, model=model(name))
+    warned = run_node(WindowAttention3d, model=model(name), unsupported="warn", min_tokens=0)[0]
+    assert torch.equal(run(warned, name), run(model(name), name))
+
+
+def test_attention_under_a_cache(model):
+    name = "FluxTransformer2DModel"
+    made = plan(taylor(model(name)), Exact())
+    assert error(run(made, name), run(taylor(model(name)), name)) < 1e-5
+    assert facts(made, "Plan")["served"] == 4 * facts(made)["full"]
+
+
+def lora(name: str, prefix: str) -> tuple[dict[str, torch.Tensor], str]:
+    """A LoRA on the first linear layer of a block, and the layer's key."""
+    keys = [k for k, v in tiny.plain(name).state_dict().items() if k.endswith("to_q.weight") and v.ndim == 2]
+    key, rows = keys[0].removesuffix(".weight"), tiny.plain(name).state_dict()[keys[0]].shape
+    generator = torch.Generator().manual_seed(2)
+    down, up = torch.randn(2, rows[1], generator=generator), torch.randn(rows[0], 2, generator=generator)
+    named = key.replace(".", "_") if prefix.endswith("_") else key
+    sides = ("lora_down", "lora_up") if prefix.endswith("_") else ("lora_A", "lora_B")
+    return {f"{prefix}{named}.{sides[0]}.weight": down, f"{prefix}{named}.{sides[1]}.weight": up}, keys[0]
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", "diffusion_model.", "lora_unet_"])
+@pytest.mark.parametrize("name", tiny.TINY)
+def test_lora_of_diffusers(model, name, prefix):
+    plain, (weights, key) = model(name), lora(name, prefix)
+    patched = comfy.sd.load_lora_for_models(plain, None, weights, 0.7, 0.0)[0]
+    assert list(patched.patches) == [f"diffusion_model.{key}"]
+    got, before = run(patched, name, 2), run(plain, name, 2)
+    merged = load_merged(name, weights, key)
+    assert error(got, run(merged, name, 2)) < 1e-5 and error(got, before) > 1e-4
+    assert torch.equal(run(plain, name, 2), before)
+
+
+def load_merged(name, weights, key):
+    import tempfile
+    from pathlib import Path
+
+    own, (down, up) = tiny.plain(name).state_dict()[key], weights.values()
+    kept = own.clone()
+    own.add_(0.7 * up @ down)
+    try:
+        with tempfile.TemporaryDirectory() as root:
+            made = load(str(tiny.save(name, Path(root))))
+            made.model.diffusion_model.load_state_dict(
+                {k: v.clone() for k, v in made.model.diffusion_model.state_dict().items()}, assign=True
+            )
+            return made
+    finally:
+        own.copy_(kept)
+
+
+@pytest.mark.parametrize("name", tiny.TINY)
+def test_weights_that_stay_offloaded(model, name):
+    """As with too little memory: layers keep their weights on the offload device and cast them when they run, LoRA too."""
+    patched = comfy.sd.load_lora_for_models(model(name), None, lora(name, "transformer.")[0], 0.7, 0.0)[0]
+    want = run(patched, name, 2)
+    patched.detach()
+    patched.load(comfy.model_management.get_torch_device(), lowvram_model_memory=1)
+    layers = [m for m in patched.model.diffusion_model.modules() if hasattr(m, "comfy_cast_weights")]
+    assert patched.lowvram_patch_counter() == 1 and sum(bool(m.weight_function) for m in layers) == 1
+    start, positive = tiny.noise(name), tiny.conditioning(name)
+    with torch.inference_mode():
+        got = comfy.sample.sample(
+            patched, start, 2, 2.0, "euler", "simple", positive, tiny.conditioning(name, seed=5), torch.zeros_like(start),
+            disable_pbar=True, seed=1,
+        )  # fmt: skip
+    patched.detach()
+    assert error(got, want) < 1e-5
+
+
+def test_a_copy_has_weights_of_its_own(model):
+    name = "FluxTransformer2DModel"
+    first = model(name)
+    second = first.clone(force_deepcopy=True)
+    assert second.model is not first.model and torch.equal(run(second, name, 2), run(first, name, 2))
+
+
+def test_off_nodes_change_no_bit(model):
+    for name in tiny.TINY:
+        off = run_node(TaylorCache, model=model(name), interval=1, level="output")[0]
+        assert torch.equal(run(off, name, 2), run(model(name), name, 2))
