@@ -1,0 +1,83 @@
+"""How one weight was quantized, as files tell it: the tensors beside `<layer>.weight` and the JSON of `<layer>.comfy_quant`."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ...kernels.quant.packed import CODECS, Packed
+from .rotation import Rotation
+
+FORMAT = "tessera"
+MARK = ".comfy_quant"
+MOST = 4096  # bytes of one layer's JSON
+MOST_BLOCK = 1024  # columns
+BESIDE = {"scale": 2, "table": 1, "smooth": 1, "signs": 1, "permutation": 1, "down": 2, "up": 2}  # dimensions
+ACTIVATIONS = ("none", "int8", "fp8", "int4")
+
+
+def mark(recipe: Mapping[str, Any]) -> torch.Tensor:
+    """The JSON as the uint8 tensor that ComfyUI reads."""
+    return torch.tensor(list(json.dumps(dict(recipe)).encode()), dtype=torch.uint8)
+
+
+def read_mark(file: str, layer: str, tensor: torch.Tensor) -> dict[str, Any]:
+    """What a layer says of itself. ValueError naming file and layer where that is no small JSON object."""
+    try:
+        if tensor.dtype != torch.uint8 or tensor.ndim != 1 or tensor.numel() > MOST:
+            raise ValueError
+        found = json.loads(bytes(tensor.tolist()))
+        if not isinstance(found, dict) or not isinstance(found.get("format"), str):
+            raise ValueError
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{file}: {layer}{MARK} does not say how the layer is quantized; the file is damaged, quantize or load it again."
+        ) from error
+    return found
+
+
+def read_layer(file: str, layer: str, told: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> tuple[Packed, dict]:
+    """(packed weight, what else its product needs) of a layer of our format; takes its tensors out of `tensors`.
+    ValueError, one sentence with file, layer and sizes, where they do not fit what the layer says of itself."""
+    data = tensors.pop(f"{layer}.weight", None)
+    parts = {name: tensors.pop(f"{layer}.weight_{name}", None) for name in BESIDE}
+    try:
+        if data is None:
+            raise ValueError("the weight itself is missing")
+        for name, part in parts.items():
+            if part is not None and part.ndim != BESIDE[name]:
+                raise ValueError(f"weight_{name} is {[*part.shape]} where {BESIDE[name]} dimensions are needed")
+            if part is not None and part.is_floating_point() and not bool(part.isfinite().all()):
+                raise ValueError(f"weight_{name} {[*part.shape]} is not finite")
+        codec, group, columns = told.get("codec"), told.get("group"), told.get("columns")
+        if codec not in CODECS or not _count(columns) or not _count(group):
+            raise ValueError(f"codec {codec!r}, {columns!r} columns in groups of {group!r} are none that are known")
+        weight = Packed(codec, columns, data, parts.pop("scale"), parts.pop("table"), group)
+        return weight, {**_checked(told, columns, parts), **parts}
+    except ValueError as error:
+        raise ValueError(f"{file}: layer {layer}: {str(error).rstrip('.')}; the file is damaged.") from error
+
+
+def _checked(told: Mapping[str, Any], columns: int, parts: Mapping[str, torch.Tensor | None]) -> dict[str, Any]:
+    kind, block = told.get("rotation", "none"), told.get("block", 0)
+    activation = told.get("activation", "none")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activations {activation!r} are none that are known")
+    if kind != "none" and (not _count(block) or columns % block or block > MOST_BLOCK):
+        raise ValueError(f"rotated blocks of {block!r} do not divide {columns} columns")
+    Rotation(kind, block or 1, parts["signs"], parts["permutation"])
+    for name in ("smooth", "signs", "permutation"):
+        if parts[name] is not None and len(parts[name]) != columns:
+            raise ValueError(f"weight_{name} has {len(parts[name])} values for {columns} columns")
+    order = parts["permutation"]
+    if order is not None and not torch.equal(order.long().sort().values, torch.arange(columns, device=order.device)):
+        raise ValueError(f"weight_permutation does not hold each of {columns} columns once")
+    smooth = parts["smooth"]
+    if smooth is not None and not bool((smooth > 0).all()):
+        raise ValueError("weight_smooth is not positive everywhere")
+    return {"rotation": kind, "block": block if kind != "none" else 0, "activation": activation}
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and 0 < value < 1 << 24

@@ -1,0 +1,47 @@
+import hashlib
+from pathlib import Path
+
+import folder_paths
+from comfy_api.latest import io
+
+from ...methods.quant.calibration import load
+from ...patching.calibrate_quantization import FOLDER, lines_of
+from ...patching.quant_widgets import QuantizationSocket, saved
+
+
+class LoadCalibration(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TesseraLoadCalibration",
+            display_name="Load Calibration",
+            category="Tessera/loaders",
+            description="Loads what Calibrate Quantization saved, for Quantize Model.",
+            search_aliases=["activation statistics", "calibration data", "imatrix"],
+            inputs=[
+                io.Combo.Input("calibration", options=saved(folder()),
+                    tooltip="A file in output/tessera_calibrations. Files put there appear after a refresh of the node list."),
+            ],
+            outputs=[
+                QuantizationSocket.Output(display_name="calibration", tooltip="For Quantize Model, of the model that it was made with."),
+                io.String.Output(display_name="about", tooltip="Layers, tokens and steps that were recorded."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def fingerprint_inputs(cls, calibration):
+        if calibration not in saved(folder()):
+            return calibration
+        stat = (folder() / calibration).stat()
+        return hashlib.sha256(f"{calibration} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()
+
+    @classmethod
+    def execute(cls, calibration):
+        if calibration not in saved(folder()):
+            raise ValueError(f"There is no calibration {calibration!r} in {FOLDER}. Make one with Calibrate Quantization.")
+        found = load(folder() / calibration)
+        return io.NodeOutput(found, "\n".join(lines_of(found)))
+
+
+def folder() -> Path:
+    return Path(folder_paths.get_output_directory()) / FOLDER

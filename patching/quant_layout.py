@@ -1,0 +1,167 @@
+"""Packed weights as tensors that ComfyUI moves, offloads, clones and saves: comfy_kitchen's QuantizedTensor with our layout.
+
+What such a weight means: y = prepare(x) Wq^T + (x down^T) up^T + b with prepare(x) = rotate(x / smooth). The low-rank
+branch takes the original x; SVDQuant's correction and the LoRA that lie on the weight are in it.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from comfy_kitchen.tensor import (
+    BaseLayoutParams,
+    QuantizedLayout,
+    QuantizedTensor,
+    dequantize_args,
+    register_layout_class,
+    register_layout_op,
+)
+
+from ..kernels.quant.packed import Packed, decode
+from ..methods.quant.product import multiply, restored
+
+NAME = "TesseraPackedLayout"
+TENSORS = ("scale", "table", "smooth", "signs", "permutation", "down", "up")
+
+
+class PackedLayout(QuantizedLayout):
+    QUANTIZES_INPUT = False
+
+    @dataclass(frozen=True)
+    class Params(BaseLayoutParams):
+        """scale [N, groups], an empty tensor where the codec has none. table [2**bits]. smooth, signs, permutation: [K].
+        down [r, K], up [N, r]. rotation: the kind, in blocks of `block` columns. activation: how rows of prepare(x) are
+        quantized."""
+
+        codec: str = "table4"
+        group: int = 64
+        columns: int = 0
+        table: torch.Tensor | None = None
+        smooth: torch.Tensor | None = None
+        signs: torch.Tensor | None = None
+        permutation: torch.Tensor | None = None
+        down: torch.Tensor | None = None
+        up: torch.Tensor | None = None
+        rotation: str = "none"
+        block: int = 0
+        activation: str = "none"
+        transposed: bool = False
+
+        def _tensor_fields(self) -> list[str]:
+            return [name for name in TENSORS if getattr(self, name) is not None]
+
+    @classmethod
+    def quantize(cls, tensor: torch.Tensor, **kwargs: Any):
+        raise NotImplementedError("A packed weight is made by Quantize Model; LoRA lie beside it.")
+
+    @classmethod
+    def dequantize(cls, qdata: torch.Tensor, params: Params) -> torch.Tensor:
+        """What multiplies the original x: [N, K] in orig_dtype."""
+        weight = restored(decode(packed(qdata, params)), params)
+        if params.up is not None and params.down is not None:
+            weight = weight + params.up.float() @ params.down.float()
+        return weight.to(params.orig_dtype)
+
+    @classmethod
+    def get_plain_tensors(cls, qtensor: QuantizedTensor) -> tuple[torch.Tensor, ...]:
+        return qtensor._qdata, *(getattr(qtensor._params, name) for name in qtensor._params._tensor_fields())
+
+    @classmethod
+    def state_dict_tensors(cls, qdata: torch.Tensor, params: Params) -> dict[str, torch.Tensor]:
+        found = {"": qdata}
+        for name in params._tensor_fields():
+            if getattr(params, name).numel():
+                found[f"_{name}"] = getattr(params, name)
+        return found
+
+
+register_layout_class(NAME, PackedLayout)
+
+
+def packed(qdata: torch.Tensor, params: PackedLayout.Params) -> Packed:
+    scale = params.scale if params.scale.numel() else None
+    return Packed(params.codec, params.columns, qdata, scale, params.table, params.group)
+
+
+def quantized(weight: Packed, dtype: torch.dtype, **extra: Any) -> QuantizedTensor:
+    """The weight as a tensor [N, K] of `dtype`. extra: smooth, rotation, block, signs, permutation, activation, down, up.
+    ValueError where one of them has another size."""
+    rows, columns = weight.data.shape[0], weight.columns
+    up, down = extra.get("up"), extra.get("down")
+    if (up is None) != (down is None) or (
+        up is not None and (up.shape[0] != rows or down.shape[1] != columns or up.shape[1] != down.shape[0])
+    ):
+        raise ValueError(
+            f"The low-rank branch has up {_shape(up)} and down {_shape(down)}; a weight [{rows}, {columns}] needs "
+            f"[{rows}, r] and [r, {columns}]."
+        )
+    scale = weight.scale if weight.scale is not None else weight.data.new_empty(0, dtype=torch.float32)
+    params = PackedLayout.Params(
+        scale=scale, orig_dtype=dtype, orig_shape=(rows, columns), codec=weight.codec, group=weight.group,
+        columns=columns, table=weight.table, **extra,
+    )  # fmt: skip
+    return QuantizedTensor(weight.data, NAME, params)
+
+
+def _shape(tensor: torch.Tensor | None) -> Any:
+    return None if tensor is None else [*tensor.shape]
+
+
+def is_packed(weight: Any) -> bool:
+    return isinstance(weight, QuantizedTensor) and weight._layout_cls == NAME
+
+
+def with_branch(weight: QuantizedTensor, down: torch.Tensor, up: torch.Tensor) -> QuantizedTensor:
+    """The weight with down [r, K], up [N, r] added to its branch."""
+    params = weight._params
+    if params.down is not None:
+        down = torch.cat((params.down, down.to(params.down)))
+        up = torch.cat((params.up, up.to(params.up)), dim=1)
+    return QuantizedTensor(weight._qdata, NAME, dataclasses.replace(params, down=down, up=up))
+
+
+def product(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x [..., K] -> [..., N]."""
+    params = weight._params
+    y = multiply(x, packed(weight._qdata, params), bias, params)
+    if params.up is not None:
+        y = y + torch.nn.functional.linear(torch.nn.functional.linear(x, params.down.to(x)), params.up.to(x))
+    return y
+
+
+@register_layout_op(torch.ops.aten.linear.default, PackedLayout)
+def _linear(_, args: Sequence[Any], kwargs: Any) -> torch.Tensor:
+    x, weight, bias = args[0], args[1], args[2] if len(args) > 2 else None
+    if not is_packed(weight) or weight._params.transposed or isinstance(x, QuantizedTensor):
+        return torch.nn.functional.linear(*dequantize_args((x, weight, bias)))
+    return product(x, weight, bias)
+
+
+@register_layout_op(torch.ops.aten.t.default, PackedLayout)
+def _t(_, args: Sequence[Any], kwargs: Any) -> QuantizedTensor:
+    weight = args[0]
+    params = dataclasses.replace(
+        weight._params, orig_shape=weight._params.orig_shape[::-1], transposed=not weight._params.transposed
+    )
+    return QuantizedTensor(weight._qdata, NAME, params)
+
+
+def _behind(x: Any, weight: Any, bias: Any) -> torch.Tensor | None:
+    """x @ weight + bias where the weight is a transposed packed one."""
+    if not is_packed(weight) or not weight._params.transposed or isinstance(x, QuantizedTensor):
+        return None
+    return product(x, _t(None, (weight,), {}), bias)
+
+
+@register_layout_op(torch.ops.aten.mm.default, PackedLayout)
+def _mm(_, args: Sequence[Any], kwargs: Any) -> torch.Tensor:
+    found = _behind(args[0], args[1], None)
+    return torch.mm(*dequantize_args((args[0], args[1]))) if found is None else found
+
+
+@register_layout_op(torch.ops.aten.addmm.default, PackedLayout)
+def _addmm(_, args: Sequence[Any], kwargs: Any) -> torch.Tensor:
+    found = _behind(args[1], args[2], args[0]) if not kwargs else None
+    return torch.addmm(*dequantize_args(tuple(args)), **kwargs) if found is None else found

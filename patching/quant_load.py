@@ -1,0 +1,84 @@
+"""Quantized checkpoints as MODELs: our own files, ComfyUI's formats, GGUF, and nunchaku's releases."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.sd
+import comfy.utils
+import torch
+
+from ..kernels.quant.packed import Packed
+from ..methods.files.gguf_file import GgufFile
+from ..methods.files.safetensors_file import SafetensorsFile
+from ..methods.quant.recipe import FORMAT, MARK, read_layer, read_mark
+from .quant_layout import quantized
+from .quant_ops import operations
+
+WEIGHTS = torch.bfloat16  # what packed weights stand for; products are formed in the dtype of the activations
+
+
+def load(path: str, roots: tuple[str, ...] = (), disable_dynamic: bool = False) -> Any:
+    """The MODEL of a quantized file that lies in one of the folders `roots`. ValueError, one sentence with the file's
+    name, where it is damaged or of no known architecture."""
+    name = Path(path).name
+    reader = _gguf if Path(path).suffix.lower() == ".gguf" else _safetensors
+    tensors, metadata = reader(path, roots)
+    compute = _compute_dtype()
+    try:
+        model = comfy.sd.load_diffusion_model_state_dict(
+            tensors, {"custom_operations": operations(compute, _emulated())}, metadata, disable_dynamic=disable_dynamic
+        )
+    except RuntimeError as error:  # sizes that do not fit the model, as torch lists them
+        raise ValueError(f"{name}: {' '.join(str(error).split())[:600]}") from error
+    if model is None:
+        raise ValueError(
+            f"{name}: no diffusion transformer that this ComfyUI knows has these {len(tensors)} tensors (the first is "
+            f"{next(iter(tensors), 'missing')}); load text encoders and VAEs with their own loaders."
+        )
+    model.cached_patcher_init = (load, (path, roots))
+    return model
+
+
+def _compute_dtype() -> torch.dtype:
+    """Of what is not packed."""
+    device = comfy.model_management.get_torch_device()
+    return comfy.model_management.unet_manual_cast(WEIGHTS, device) or WEIGHTS
+
+
+def _emulated() -> list[str]:
+    """Core's formats that this device has no products for."""
+    device = comfy.model_management.get_torch_device()
+    fp8 = comfy.model_management.supports_fp8_compute(device)
+    found = [] if fp8 else ["float8_e4m3fn", "float8_e5m2"]
+    if not comfy.model_management.supports_nvfp4_compute(device):
+        found.append("nvfp4")
+    return found if comfy.model_management.supports_mxfp8_compute(device) else [*found, "mxfp8"]
+
+
+def _safetensors(path: str, roots: Iterable[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    file = SafetensorsFile(path, roots)
+    tensors, metadata = dict(file), dict(file.metadata)
+    tensors, metadata = comfy.utils.convert_old_quants(tensors, "", metadata=metadata)
+    for key in [k for k in tensors if k.endswith(MARK)]:
+        layer = key[: -len(MARK)]
+        told = read_mark(file.path.name, layer, tensors[key])
+        if told["format"] != FORMAT:
+            continue
+        del tensors[key]
+        weight, extra = read_layer(file.path.name, layer, told, tensors)
+        tensors[f"{layer}.weight"] = quantized(weight, WEIGHTS, **extra)
+    return tensors, metadata
+
+
+def _gguf(path: str, roots: Iterable[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    file = GgufFile(path, roots)
+    tensors: dict[str, Any] = {}
+    for name in file:
+        found = file[name]
+        tensors[name] = quantized(found, WEIGHTS) if isinstance(found, Packed) else found
+    return tensors, {}
+
+
+Reader = Callable[[str, Iterable[str]], tuple[dict[str, Any], dict[str, str]]]

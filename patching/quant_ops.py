@@ -1,0 +1,151 @@
+"""ComfyUI's operations with a Linear that takes packed weights and keeps LoRA beside them, exactly.
+
+Core would form the dense weight, add the LoRA and quantize again, which rounds a small LoRA away. Here what patches add to
+a weight is taken apart into low-rank factors that run beside the packed product; a patch of full rank makes its layer
+dense instead. So a LoRA on a quantized model is the LoRA on the dense one, in every offload mode.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import comfy.ops
+import torch
+
+from ..methods.quant.low_rank import low_rank_of
+from ..methods.quant.recipe import FORMAT, mark
+from .quant_layout import NAME, is_packed, product, with_branch
+
+MOST_RANK = 512  # above, a branch would cost what the dense layer does
+LORA_TOLERANCE = 1e-3  # part of a patch's norm that its factors may leave out: below what bf16 weights round away
+
+
+def branch_of(weight: torch.Tensor, patched: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """(down, up) with up @ down = patched - weight, both [N, K] dense; None where that has no low rank."""
+    most = min(MOST_RANK, min(weight.shape) // 2)
+    return low_rank_of(patched.float() - weight.float(), LORA_TOLERANCE, most)
+
+
+def described(weight: Any) -> dict[str, Any]:
+    """What a file says of a packed weight beside its tensors."""
+    params = weight._params
+    told = {"format": FORMAT, "codec": params.codec, "group": params.group, "columns": params.columns}
+    if params.rotation != "none":
+        told |= {"rotation": params.rotation, "block": params.block}
+    return told | ({"activation": params.activation} if params.activation != "none" else {})
+
+
+def operations(compute_dtype: torch.dtype, disabled: Sequence[str] = ()) -> type:
+    """The class of operations for a model whose state dict holds packed weights as tensors of PackedLayout; core's own
+    formats load as ever."""
+    base = comfy.ops.mixed_precision_ops({}, compute_dtype, disabled=set(disabled))
+    linear = type("Linear", (PackedLinear, base.Linear), {})
+    return type("PackedOps", (base,), {"Linear": linear})
+
+
+class PackedLinear:
+    """What core's Linear does otherwise where its weight is packed; goes before it in the order of bases."""
+
+    _lora = None  # (patches that are applied at each call, their factors)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+        rest = local_metadata, strict, missing, unexpected, errors
+        weight = state_dict.get(f"{prefix}weight")
+        if not is_packed(weight):
+            super()._load_from_state_dict(state_dict, prefix, *rest)
+            return
+        state_dict.pop(f"{prefix}weight")
+        _check_size(prefix, weight, self._orig_shape)
+        self.quant_format, self.layout_type = FORMAT, NAME
+        self.weight = torch.nn.Parameter(weight, requires_grad=False)
+        torch.nn.Module._load_from_state_dict(self, state_dict, prefix, *rest)  # the bias
+        if f"{prefix}weight" in missing:
+            missing.remove(f"{prefix}weight")
+
+    def state_dict(self, *args, destination=None, prefix="", **kwargs):
+        found = super().state_dict(*args, destination=destination, prefix=prefix, **kwargs)
+        if is_packed(self.weight):
+            found[f"{prefix}comfy_quant"] = mark(described(self.weight))
+        return found
+
+    def set_weight(self, weight, inplace_update=False, seed=None, return_weight=False, **kwargs):
+        """weight: dense and patched. What the patches added goes into the branch of the packed weight."""
+        if getattr(self, "layout_type", None) != NAME:
+            return super().set_weight(weight, inplace_update, seed, return_weight, **kwargs)
+        made = weight.to(self.weight.dtype)
+        if is_packed(self.weight):
+            before = self.weight.to(device=weight.device)
+            factors = branch_of(before.to(dtype=torch.float32).dequantize(), weight)
+            if factors is not None:
+                made = with_branch(before, *(f.to(made.dtype) for f in factors))
+        if return_weight:
+            return made
+        self.weight = torch.nn.Parameter(made, requires_grad=False)
+        return None
+
+    def forward(self, input, *args, **kwargs):
+        if getattr(self, "layout_type", None) != NAME:
+            return super().forward(input, *args, **kwargs)
+        comfy.ops.run_every_op()
+        with Untouched(self) as functions:
+            weight, bias, stream = comfy.ops.cast_bias_weight(
+                self, None, self.weight.dtype, input.device, bias_dtype=input.dtype, offloadable=True,
+                compute_dtype=input.dtype, want_requant=True,
+            )  # fmt: skip
+        y = self._multiplied(input, weight, bias, functions)
+        comfy.ops.uncast_bias_weight(self, weight, bias, stream)
+        return y
+
+    def _multiplied(self, x, weight, bias, functions: tuple[Callable, ...]):
+        linear = torch.nn.functional.linear
+        if not is_packed(weight):
+            return linear(x, _through(weight.to(x.dtype), functions), bias)
+        if not functions:
+            return product(x, weight, bias)
+        factors = self._factors(weight, functions)
+        if factors is None:
+            return linear(x, _through(weight.to(dtype=x.dtype).dequantize(), functions), bias)
+        down, up = (f.to(x) for f in factors)
+        return product(x, weight, bias) + linear(linear(x, down), up)
+
+    def _factors(self, weight, functions: tuple[Callable, ...]):
+        """(down, up) of patches that are applied at each call; None where they are of high rank, or no LoRA of core's,
+        whose effect might change from call to call."""
+        if not all(getattr(f, "is_lowvram_patch", False) for f in functions):
+            return None
+        if self._lora is None or self._lora[0] != functions:
+            dense = weight.to(dtype=torch.float32).dequantize()
+            self._lora = functions, branch_of(dense, _through(dense, functions))
+        return self._lora[1]
+
+
+def _check_size(prefix: str, weight: torch.Tensor, wanted: tuple[int, int]) -> None:
+    if tuple(weight.shape) != tuple(wanted):
+        raise ValueError(
+            f"{prefix}weight is {[*weight.shape]} in the file where the model has {[*wanted]}; the file is of another model."
+        )
+
+
+def _through(weight: torch.Tensor, functions: Sequence[Callable]) -> torch.Tensor:
+    for function in functions:
+        weight = function(weight)
+    return weight
+
+
+class Untouched:
+    """Takes a module's weight patches off while its weight is cast, so that core does not make it dense for them."""
+
+    def __init__(self, module: Any):
+        self.module = module
+
+    def __enter__(self) -> tuple[Callable, ...]:
+        self.lowvram = getattr(self.module, "weight_lowvram_function", None)
+        self.functions = self.module.weight_function
+        if self.lowvram is not None:
+            self.module.weight_lowvram_function = None
+        self.module.weight_function = []
+        return (*(() if self.lowvram is None else (self.lowvram,)), *self.functions)
+
+    def __exit__(self, *_: Any) -> None:
+        self.module.weight_function = self.functions
+        if self.lowvram is not None:
+            self.module.weight_lowvram_function = self.lowvram
