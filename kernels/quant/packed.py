@@ -23,6 +23,7 @@ GGUF_BLOCKS = {
 }  # columns, bytes
 TABLE_BITS = {"table4": 4, "table3": 3}
 CODECS = (*TABLE_BITS, "int8", *GGUF_BLOCKS)
+CPU_CHUNK, GPU_CHUNK = 1 << 18, 1 << 24  # elements decoded at once: on a CPU what they pass through stays in the cache
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def check(codec: str, columns: int, data: torch.Tensor, scale, table, group: int
         got = "none" if scale is None else f"{str(scale.dtype)[6:]} {[*scale.shape]}"
         raise ValueError(f"{codec} in groups of {group} needs scales [{data.shape[0]}, {groups}], got {got}.")
     if codec in TABLE_BITS and (table is None or tuple(table.shape) != (2 ** TABLE_BITS[codec],)):
-        got = "none" if table is None else [*table.shape]
+        got = "none" if table is None else str([*table.shape])
         raise ValueError(f"{codec} needs a table of {2 ** TABLE_BITS[codec]} values, got {got}.")
 
 
@@ -98,21 +99,40 @@ def unpack_codes(data: torch.Tensor, codec: str, group: int) -> torch.Tensor:
 
 
 def decode(weight: Packed, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """The weight [N, K], formed in fp32 and rounded once to dtype."""
+    """The weight [N, K], formed in fp32 and rounded once to dtype; contiguous. A few rows at a time."""
+    out = weight.data.new_empty(weight.data.shape[0], weight.columns, dtype=dtype)
+    step = max(1, (CPU_CHUNK if out.device.type == "cpu" else GPU_CHUNK) // max(1, weight.columns))
+    luts = _luts(weight)
+    for start in range(0, len(out), step):
+        rows = slice(start, start + step)
+        out[rows] = _values(weight, rows, luts)[:, : weight.columns]
+    return out
+
+
+def _values(weight: Packed, rows: slice, luts: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Some rows in fp32, the padding of the last group still on them."""
+    data = weight.data[rows]
     if weight.codec in GGUF_BLOCKS:
-        block, size = GGUF_BLOCKS[weight.codec]
-        blocks = weight.data.reshape(-1, size)
-        return _GGUF[weight.codec](blocks).reshape(weight.data.shape[0], -1).to(dtype)
-    rows = weight.data.shape[0]
+        return _GGUF[weight.codec](data.reshape(-1, GGUF_BLOCKS[weight.codec][1])).view(len(data), -1)
     if weight.codec == "int8":
-        values = weight.data.view(torch.int8).float()
+        values = data.contiguous().view(torch.int8).float()
         padding = -values.shape[1] % weight.group
         values = torch.nn.functional.pad(values, (0, padding)) if padding else values
     else:
-        codes = unpack_codes(weight.data, weight.codec, weight.group)
-        values = weight.table.float()[codes.to(torch.int32)]
-    groups = values.reshape(rows, -1, weight.group) * weight.scale.float().unsqueeze(-1)
-    return groups.reshape(rows, -1)[:, : weight.columns].to(dtype)
+        packed = weight.codec == "table4"  # there a byte has a table of its own, and nothing is unpacked
+        index = (data if packed else unpack_codes(data, weight.codec, weight.group)).to(torch.int32).flatten()
+        half = weight.group // len(luts)
+        values = torch.stack([lut.index_select(0, index).view(len(data), -1, half) for lut in luts], dim=2)
+    groups = values.view(len(data), -1, weight.group) * weight.scale[rows].float().unsqueeze(-1)  # type: ignore[index]
+    return groups.view(len(data), -1)
+
+
+def _luts(weight: Packed) -> tuple[torch.Tensor, ...]:
+    """Tables fp32 [256] of a byte's low and high code; [8] of three bits."""
+    if weight.table is None or weight.codec not in TABLE_BITS:
+        return ()
+    table = weight.table.float()
+    return (table.repeat(16), table.repeat_interleave(16)) if weight.codec == "table4" else (table,)
 
 
 def _half(bytes_: torch.Tensor) -> torch.Tensor:
