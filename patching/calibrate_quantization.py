@@ -68,5 +68,6 @@ def lines_of(found: Statistics) -> list[str]:
     return [
         f"{len(found.layers)} layers, up to {tokens} tokens each, {found.steps} steps",
         "tokens differ most in " + ", ".join(f"{name} ({s.fluctuation:.2g})" for name, s in by[:3]),
-        "channels stand out most in " + ", ".join(f"{name} ({salience[name]:.3g} times the median)" for name in salient[:3]),
+        "channels stand out most in "
+        + ", ".join(f"{name} ({salience[name]:.3g} times the median)" for name in salient[:3]),
     ]

@@ -38,7 +38,9 @@ class Asked:
         known.check_activations(self.activations)
         known.check_group(self.group or None)
         if self.rotation not in ("auto", "none") and not known.rotates:
-            raise ValueError(f"{self.format} is loaded by ComfyUI itself, which knows no {self.rotation}; choose auto or none.")
+            raise ValueError(
+                f"{self.format} is loaded by ComfyUI itself, which knows no {self.rotation}; choose auto or none."
+            )
 
     def told(self) -> dict[str, Any]:
         return asdict(self)

@@ -22,7 +22,8 @@ LORA_TOLERANCE = 1e-3  # part of a patch's norm that its factors may leave out: 
 def branch_of(weight: torch.Tensor, patched: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
     """(down, up) with up @ down = patched - weight, both [N, K] dense; None where that has no low rank."""
     most = min(MOST_RANK, min(weight.shape) // 2)
-    return low_rank_of(patched.float() - weight.float(), LORA_TOLERANCE, most)
+    found = low_rank_of(patched.float() - weight.float(), LORA_TOLERANCE, most)
+    return None if found is None else found[::-1]
 
 
 def described(weight: Any) -> dict[str, Any]:
@@ -114,7 +115,7 @@ class PackedLinear:
             return None
         if self._lora is None or self._lora[0] != functions:
             dense = weight.to(dtype=torch.float32).dequantize()
-            self._lora = functions, branch_of(dense, _through(dense, functions))
+            self._lora = functions, branch_of(dense, _through(dense.clone(), functions))  # core adds in place
         return self._lora[1]
 
 

@@ -23,4 +23,6 @@ def file_name(name: str, suffix: str = ".safetensors") -> str:
 def saved(folder: Path, suffix: str = ".safetensors") -> list[str]:
     """Names of the files in this very folder, sorted."""
     found = folder.glob(f"*{suffix}") if folder.is_dir() else ()
-    return sorted(p.name for p in found if p.is_file() and NAME.fullmatch(p.name) and p.resolve().parent == folder.resolve())
+    return sorted(
+        p.name for p in found if p.is_file() and NAME.fullmatch(p.name) and p.resolve().parent == folder.resolve()
+    )

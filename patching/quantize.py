@@ -38,7 +38,9 @@ class Result:
     def lines(self, name: str) -> list[str]:
         packed = sum(m.bytes for m in self.layers.values())
         worst = sorted(self.layers.items(), key=lambda item: -item[1].error)[:3]
-        total = sum(m.error * m.numbers for m in self.layers.values()) / max(sum(m.numbers for m in self.layers.values()), 1)
+        total = sum(m.error * m.numbers for m in self.layers.values()) / max(
+            sum(m.numbers for m in self.layers.values()), 1
+        )
         return [
             f"{name}: {len(self.layers)} layers quantized, {len(self.kept)} left as they are, {self.bytes / 1e6:.1f} MB",
             f"quantized layers: {packed / max(self.bytes_before, 1):.3f} of their size in 16 bits, mean relative squared error {total:.3g}",
@@ -69,7 +71,9 @@ def write(model: Any, asked: Asked, statistics: Statistics | None, path: Path, e
     found = select(weights, "" if arch is None else arch.home, exclude or None)
     chosen = set(found.chosen)
     if not chosen:
-        raise ValueError(f"{NAME} found no layer to quantize: {_why(found.kept)}. `exclude` takes the place of the own list.")
+        raise ValueError(
+            f"{NAME} found no layer to quantize: {_why(found.kept)}. `exclude` takes the place of the own list."
+        )
     result = Result(kept=found.kept)
     progress = Progress(len(chosen))
     device = comfy.model_management.get_torch_device()
@@ -138,7 +142,9 @@ def _config(model: Any, weights: dict[str, torch.Tensor]) -> dict[str, str]:
     """What the shapes of the weights do not tell ComfyUI of the model, in the form that it reads."""
     wanted = model.model.model_config.unet_config
     found = comfy.model_detection.detect_unet_config(dict(weights), "", metadata=None) or {}
-    missing = {k: v for k, v in wanted.items() if k in found and found[k] != v and isinstance(v, (bool, int, float, str))}
+    missing = {
+        k: v for k, v in wanted.items() if k in found and found[k] != v and isinstance(v, (bool, int, float, str))
+    }
     return {"config": json.dumps({"transformer": missing})} if missing else {}
 
 

@@ -64,7 +64,11 @@ def q4_k_bytes(x: torch.Tensor) -> torch.Tensor:
     codes = codes.clamp(0, 15).to(torch.uint8)
     six, lows = sixths
     packed = torch.cat(
-        (six[:, :4] | six[:, 4:] >> 4 << 6, lows[:, :4] | lows[:, 4:] >> 4 << 6, six[:, 4:] & 15 | (lows[:, 4:] & 15) << 4),
+        (
+            six[:, :4] | six[:, 4:] >> 4 << 6,
+            lows[:, :4] | lows[:, 4:] >> 4 << 6,
+            six[:, 4:] & 15 | (lows[:, 4:] & 15) << 4,
+        ),
         1,
     )
     pairs = codes.reshape(-1, 4, 2, 32)

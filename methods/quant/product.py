@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 
-from ...kernels.quant.packed import Packed, decode
+from ...kernels.quant.packed import Packed
+from ...kernels.quant.packed_linear import packed_linear
 from .rotation import Rotation
 from .round_trip import activations
 
@@ -37,4 +38,6 @@ def restored(weight: torch.Tensor, params: Any) -> torch.Tensor:
 def multiply(x: torch.Tensor, weight: Packed, bias: torch.Tensor | None, params: Any) -> torch.Tensor:
     """x [..., K] -> [..., N] in x's dtype."""
     rows = activations(prepared(x, params), params.activation)
-    return torch.nn.functional.linear(rows, decode(weight, x.dtype), bias)
+    return packed_linear(
+        rows, weight.data, weight.scale, weight.table, bias, weight.codec, weight.columns, weight.group
+    )

@@ -38,7 +38,9 @@ class LoadCalibration(io.ComfyNode):
     @classmethod
     def execute(cls, calibration):
         if calibration not in saved(folder()):
-            raise ValueError(f"There is no calibration {calibration!r} in {FOLDER}. Make one with Calibrate Quantization.")
+            raise ValueError(
+                f"There is no calibration {calibration!r} in {FOLDER}. Make one with Calibrate Quantization."
+            )
         found = load(folder() / calibration)
         return io.NodeOutput(found, "\n".join(lines_of(found)))
 

@@ -29,7 +29,9 @@ class LoadQuantizedModel(io.ComfyNode):
     @classmethod
     def execute(cls, file):
         if file not in files():
-            raise ValueError(f"There is no {file!r} in models/diffusion_models. Put it there and refresh the node list.")
+            raise ValueError(
+                f"There is no {file!r} in models/diffusion_models. Put it there and refresh the node list."
+            )
         kind = GGUF if file.lower().endswith(".gguf") else FOLDERS
         path = folder_paths.get_full_path_or_raise(kind, file)
         return io.NodeOutput(load(path, tuple(folder_paths.get_folder_paths(FOLDERS))))

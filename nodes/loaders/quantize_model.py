@@ -57,7 +57,9 @@ class QuantizeModel(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, model, format, filename, existing, activations, rotation, smoothing, group, rank, exclude, calibration=None):
+    def execute(
+        cls, model, format, filename, existing, activations, rotation, smoothing, group, rank, exclude, calibration=None
+    ):
         asked = Asked(format, activations, rotation, smoothing, group, rank)
         folder = Path(folder_paths.get_folder_paths("diffusion_models")[0])
         made, lines = quantize(model, asked, calibration, folder / file_name(filename), exclude, existing)
