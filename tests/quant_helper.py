@@ -17,6 +17,14 @@ def rows(kind: str, n: int, k: int, seed: int = 0) -> torch.Tensor:
     return x
 
 
+def planted(tokens: int, channels: int, outliers: dict[int, float], seed: int = 0) -> torch.Tensor:
+    """Inputs [tokens, channels] of unit size but for the channels of `outliers`, which are that many times as large."""
+    x = torch.randn(tokens, channels, generator=torch.Generator().manual_seed(seed + 1000))
+    for channel, size in outliers.items():
+        x[:, channel] *= size
+    return x
+
+
 def relative_mse(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got.double() - want.double()).square().sum() / want.double().square().sum())
 
@@ -64,7 +72,11 @@ def q4_k_bytes(x: torch.Tensor) -> torch.Tensor:
     codes = codes.clamp(0, 15).to(torch.uint8)
     six, lows = sixths
     packed = torch.cat(
-        (six[:, :4] | six[:, 4:] >> 4 << 6, lows[:, :4] | lows[:, 4:] >> 4 << 6, six[:, 4:] & 15 | (lows[:, 4:] & 15) << 4),
+        (
+            six[:, :4] | six[:, 4:] >> 4 << 6,
+            lows[:, :4] | lows[:, 4:] >> 4 << 6,
+            six[:, 4:] & 15 | (lows[:, 4:] & 15) << 4,
+        ),
         1,
     )
     pairs = codes.reshape(-1, 4, 2, 32)
