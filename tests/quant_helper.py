@@ -17,6 +17,14 @@ def rows(kind: str, n: int, k: int, seed: int = 0) -> torch.Tensor:
     return x
 
 
+def planted(tokens: int, channels: int, outliers: dict[int, float], seed: int = 0) -> torch.Tensor:
+    """Inputs [tokens, channels] of unit size but for the channels of `outliers`, which are that many times as large."""
+    x = torch.randn(tokens, channels, generator=torch.Generator().manual_seed(seed + 1000))
+    for channel, size in outliers.items():
+        x[:, channel] *= size
+    return x
+
+
 def relative_mse(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got.double() - want.double()).square().sum() / want.double().square().sum())
 

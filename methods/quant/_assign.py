@@ -20,10 +20,11 @@ class Book:
     """A sorted table [C] with the lookups that go with it. boundaries [C - 1]: half way between entries."""
 
     table: torch.Tensor
+    entries: list[float]
     boundaries: torch.Tensor
     step: float  # of a bin
     low: torch.Tensor  # int32 [2 * BINS + 2], entry at a bin's left edge
-    values: torch.Tensor  # [2 * BINS + 2], entry at its centre
+    values: torch.Tensor  # [2 * BINS + 2], value at its centre
     single: bool  # no bin holds two boundaries
 
     @classmethod
@@ -31,13 +32,14 @@ class Book:
         """table [C], ascending."""
         table = table.float()
         boundaries = (table[1:] + table[:-1]) / 2
-        step = float(table.abs().max().clamp_min(TINY)) * REACH / BINS
+        entries = table.tolist()
+        step = max(TINY, abs(entries[0]), abs(entries[-1])) * REACH / BINS
         edges = (torch.arange(2 * BINS + 2, device=table.device) - BINS) * step
         slack = step * 1e-3  # u / step is rounded: a u just below an edge may fall into the next bin
         low = torch.bucketize(edges - slack, boundaries, out_int32=True)
         high = torch.bucketize(edges + step + slack, boundaries, out_int32=True)
         values = table[torch.bucketize(edges + step / 2, boundaries)]
-        return cls(table, boundaries, step, low, values, bool((high - low).max() <= 1))
+        return cls(table, entries, boundaries, step, low, values, bool((high - low).max() <= 1))
 
     def _bins(self, x: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
         """x [..., g], inverse [..., 1] of the scales -> bin of each, int32, flat."""
@@ -63,25 +65,36 @@ def _inverse(scale: torch.Tensor) -> torch.Tensor:
     return (1 / scale).nan_to_num(0, 0, 0)
 
 
+def _candidates(x: torch.Tensor, weights: torch.Tensor | None, book: Book):
+    """Inverse scales [..., 1] that a search tries, and the weight of largest magnitude [..., 1] that most of them put on
+    one end of the table, times some factor. Where some weights matter more, the one whose square weighs most is also put
+    on each of the larger entries, to be met exactly."""
+    peak = x.gather(-1, x.abs().argmax(-1, keepdim=True))
+    bases = [_inverse(peak / end) for end in (book.entries[-1], book.entries[0])]
+    inverses = [(base, factor) for base in bases for factor in FACTORS]
+    if weights is not None:
+        heavy = x.gather(-1, (x.square() * weights).argmax(-1, keepdim=True))
+        large = max(abs(entry) for entry in book.entries)
+        inverses += [(_inverse(heavy), entry) for entry in book.entries if abs(entry) > 0.3 * large]
+    return inverses, peak
+
+
 def search_scale(x: torch.Tensor, weights: torch.Tensor | None, book: Book) -> torch.Tensor:
-    """Scale [...] of each group of x [..., g], of either sign. A candidate puts the weight of largest magnitude on the
-    upper end of the table, or on the lower one (which turns the table round), times some factor. Its entries fixed, the
-    best scale is s = <x, t> / <t, t> in the products that `weights` (as x, or [G, g]; importance >= 0) define, and leaves
-    <x, x> - <x, t>^2 / <t, t>: the largest gain wins."""
-    peak = x.gather(-1, x.abs().argmax(-1, keepdim=True))  # [..., 1], with its sign
+    """Scale [...] of each group of x [..., g], of either sign: a negative one turns the table round. With the entries t of
+    a candidate fixed, the best scale is s = <x, t> / <t, t> in the products that `weights` (as x, or [G, g]; importance
+    >= 0) define, and leaves <x, x> - <x, t>^2 / <t, t>: the largest gain wins."""
+    inverses, peak = _candidates(x, weights, book)
     wx = x if weights is None else x * weights
-    scale = (peak / book.table[-1]).squeeze(-1)
+    scale = (peak / book.entries[-1]).squeeze(-1)
     best = torch.zeros_like(scale)
-    for end in (book.table[-1], book.table[0]):
-        base = _inverse(peak / end)
-        for factor in FACTORS:
-            t = book.nearly(x, base * factor)
-            along = (wx * t).sum(-1)
-            size = (t.square_() if weights is None else t.square_().mul_(weights)).sum(-1).clamp_min_(TINY)
-            gain = along * along / size
-            better = gain > best
-            best = torch.where(better, gain, best)
-            scale = torch.where(better, along / size, scale)
+    for base, factor in inverses:
+        t = book.nearly(x, base * factor)
+        along = (wx * t).sum(-1)
+        size = (t.square_() if weights is None else t.square_().mul_(weights)).sum(-1).clamp_min_(TINY)
+        gain = along * along / size
+        better = gain > best
+        best = torch.where(better, gain, best)
+        scale = torch.where(better, along / size, scale)
     return scale
 
 

@@ -200,7 +200,12 @@ def _check_sizes(file: str, opened) -> dict[str, list[str]]:
     for key in keys:
         layer, _, part = key.rpartition(":")
         shape = opened.get_slice(key).get_shape()
-        if not layer or len(shape) > 2 or (shape and shape[-1] > MOST_CHANNELS) or (len(shape) == 2 and shape[0] > MOST_ROWS):
+        if (
+            not layer
+            or len(shape) > 2
+            or (shape and shape[-1] > MOST_CHANNELS)
+            or (len(shape) == 2 and shape[0] > MOST_ROWS)
+        ):
             raise ValueError(f"{file}: {key:.200} {shape} is no part of a layer's statistics; {REMEDY}.")
         names.setdefault(layer, []).append(part)
     if not names:

@@ -104,10 +104,13 @@ def check_weight(weight: torch.Tensor) -> None:
 
 
 def column_weights(importance: torch.Tensor | None, weight: torch.Tensor, group: int) -> torch.Tensor | None:
-    """importance [K] -> [G, group] of mean 1 on the weight's device, zero beyond K. ValueError where it does not fit."""
-    if importance is None:
-        return None
+    """importance [K] -> [G, group] of mean 1 on the weight's device, zero beyond K; None where all count alike. ValueError
+    where it does not fit."""
     k = weight.shape[1]
+    if importance is None:
+        if k % group == 0:
+            return None
+        importance = torch.ones(k)
     if importance.shape != (k,) or not importance.isfinite().all() or importance.min() < 0:
         raise ValueError(f"Importances of {k} input channels must be finite and >= 0, got {[*importance.shape]}.")
     h = importance.to(weight.device, torch.float32)
@@ -195,7 +198,9 @@ def _encode(weight, bits: int, group: int, importance, table: torch.Tensor, mu: 
         wanted = search_scale(x, h, book) if search else x.abs().amax(-1) / length
         scale = wanted.to(dtype)
         codes = book.codes(x, scale.float()) + first
-        sums.add(x, table.index_select(0, codes.flatten()).view_as(x) * scale.float().unsqueeze(-1))
+        near = table.index_select(0, codes.flatten()).view_as(x) * scale.float().unsqueeze(-1)
+        near.view(len(near), -1)[:, weight.shape[1] :] = 0  # what pads the last group is never read
+        sums.add(x, near)
         scales.append(scale)
         data.append(pack_codes(codes.flatten(1), codec, group))
     packed = Packed(codec, weight.shape[1], torch.cat(data), torch.cat(scales), table, group)

@@ -6,6 +6,7 @@ W's own leading one; each further pass takes the leading part of W - Q, which is
 better of the two.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -71,34 +72,38 @@ def split(
 
 
 def low_rank_of(
-    delta: torch.Tensor, tolerance: float = 1e-4, max_rank: int = 256, seed: int = 0
+    delta: torch.Tensor, tolerance: float = 1e-5, max_rank: int = 256, seed: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """delta [N, K], known to be of low but unknown rank -> up [N, r], down [r, K] fp32 of the smallest r with
+    """delta [N, K], of low but unknown rank -> up [N, r], down [r, K] fp32 of the smallest r with
     |delta - up down| <= tolerance |delta| (Frobenius); r = 0 for zeros. None where that takes more than max_rank, or where
-    the factors would take as much memory as delta itself."""
-    w = delta.float()
-    n, k = w.shape
-    size = float(w.square().sum(dtype=torch.float64)) ** 0.5
-    if not torch.isfinite(torch.tensor(size)):
+    the factors would take as much memory as delta itself. Probes what is left of delta with ever more random vectors."""
+    left = delta.float()
+    n, k = left.shape
+    size = float(left.square().sum(dtype=torch.float64))
+    if not math.isfinite(size):
         raise ValueError(f"The difference [{n}, {k}] holds numbers that are not finite; take another file.")
-    most = min(max_rank, (n * k - 1) // (n + k))
-    if size == 0:
-        return w.new_zeros(n, 0), w.new_zeros(0, k)
-    tried = min(16, most)
-    while tried > 0:
-        q = _range(w, min(tried + OVERSAMPLED, n, k), 0, seed)
-        inside = q.T @ w
-        missed = float((w - q @ inside).square().sum(dtype=torch.float64))
-        if missed <= (tolerance * size) ** 2:
-            return _trim(q, inside, missed, (tolerance * size) ** 2, most)
-        if tried == most:
+    most, allowed = min(max_rank, (n * k - 1) // (n + k)), tolerance * tolerance * size
+    basis, parts, missed = left.new_zeros(n, 0), [left.new_zeros(0, k)], size
+    generator = torch.Generator().manual_seed(seed)
+    while missed > allowed:
+        done = basis.shape[1]
+        count = min(max(16, done) + (0 if done else OVERSAMPLED), most + OVERSAMPLED - done, min(n, k) - done)
+        if count <= 0:
             return None
-        tried = min(tried * 2, most)
-    return None
+        q = torch.linalg.qr(left @ torch.randn(k, count, generator=generator).to(left.device)).Q
+        q = torch.linalg.qr(q - basis @ (basis.T @ q)).Q
+        part = q.T @ left
+        left = left - q @ part
+        basis, missed = torch.cat((basis, q), 1), float(left.square().sum(dtype=torch.float64))
+        parts.append(part)
+        if missed > max(allowed, size * (1 - 0.5 * basis.shape[1] / (most + OVERSAMPLED))):
+            return None  # of rank r, d vectors are expected to find at least d / r
+    return _trim(basis, torch.cat(parts), missed, allowed, most)
 
 
 def _trim(q: torch.Tensor, inside: torch.Tensor, missed: float, allowed: float, most: int):
-    """The fewest leading directions of q inside that leave no more than `allowed` squared; None beyond `most`."""
+    """The fewest leading directions of q [N, p] inside [p, K] that leave no more than `allowed`, squared, of which `missed`
+    lies outside; None beyond `most`."""
     u, s, v = torch.linalg.svd(inside, full_matrices=False)
     tails = s.double().square().flip(0).cumsum(0).flip(0)  # [p], what is left without the directions from here on
     r = int((tails + missed > allowed).sum())
