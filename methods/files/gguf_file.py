@@ -29,7 +29,8 @@ CHUNK = 1 << 20  # blocks
 class GgufFile(Mapping[str, "Packed | torch.Tensor"]):
     """Weights by ComfyUI's name (without prefix): Packed where a [N, K] weight is quantized, else a tensor. Opening
     checks the header whole and every block's scale; `warnings` are sentences about plain weights that are not finite.
-    `architecture` is None where the file does not say. ValueError, one sentence with the file's name, for damaged files
+    `architecture` is None where the file does not say; `left_out` are the tensors without the prefix of a file that has
+    it (text encoders, VAE). ValueError, one sentence with the file's name, for damaged files
     and those that hold no diffusion transformer."""
 
     def __init__(self, path: str | Path, roots: Iterable[str | Path] = ()):
@@ -37,7 +38,9 @@ class GgufFile(Mapping[str, "Packed | torch.Tensor"]):
         self.path, self.metadata = self.header.path, self.header.metadata
         self.architecture = _architecture(self.path.name, self.metadata.get("general.architecture"))
         named = self.header.tensors
+        self.left_out: list[str] = []
         if any(name.startswith(PREFIX) for name in named):
+            self.left_out = [name for name in named if not name.startswith(PREFIX)]
             named = {name.removeprefix(PREFIX): e for name, e in named.items() if name.startswith(PREFIX)}
             self._from = PREFIX
         else:
