@@ -36,6 +36,9 @@ class GgufFile(Mapping[str, "Packed | torch.Tensor"]):
     def __init__(self, path: str | Path, roots: Iterable[str | Path] = ()):
         self.header = read_gguf_header(path, roots)
         self.path, self.metadata = self.header.path, self.header.metadata
+        if self.metadata.get("split.count", 1) not in (0, 1):
+            parts = str(self.metadata["split.count"])[:20]
+            raise Damaged(self.path.name, f"it is one of {parts} parts; merge them with llama.cpp's gguf-split")
         self.architecture = _architecture(self.path.name, self.metadata.get("general.architecture"))
         named = self.header.tensors
         self.left_out: list[str] = []

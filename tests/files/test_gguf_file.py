@@ -159,6 +159,15 @@ def test_architectures_that_are_refused(tmp_path, name, sentence):
         GgufFile(made.write(tmp_path / "a.gguf"))
 
 
+def test_one_part_of_a_file_in_several(tmp_path):
+    for count in (1, 3):
+        Made([("split.count", 2, count)], [("a", (2,), "F32", bytes(8))]).write(tmp_path / "a.gguf")
+        if count == 1:
+            assert [*GgufFile(tmp_path / "a.gguf")] == ["a"]
+    with pytest.raises(ValueError, match="^a.gguf cannot be read: it is one of 3 parts; merge them"):
+        GgufFile(tmp_path / "a.gguf")
+
+
 @pytest.mark.parametrize("metadata", [[], [("general.architecture", 8, "pig")]])
 def test_architecture_left_to_the_keys(tmp_path, metadata):
     file = GgufFile(Made(metadata, [("a", (2,), "F32", bytes(8))], version=2).write(tmp_path / "a.gguf"))
