@@ -6,7 +6,7 @@ import torch
 
 from .place import Damaged, shown
 
-SCALE = re.compile(r"(^|[._])(w|wc|wt|input_|weight_)?(scale|scales|zeros|scale_2|smooth|smooth_orig|smooth_factor|"
+SCALE = re.compile(r"(^|[._])(w|wc|wt|input_|weight_)?(scale|scales|zeros|scale_2|scale_weight|scale_input|smooth|smooth_orig|smooth_factor|"
                    r"smooth_factor_orig)$")  # fmt: skip
 CHUNK = 1 << 22
 SPOTS, RUN = 16, 256  # runs of neighbouring elements in a sample: few pages of the file are touched

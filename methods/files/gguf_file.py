@@ -29,15 +29,21 @@ CHUNK = 1 << 20  # blocks
 class GgufFile(Mapping[str, "Packed | torch.Tensor"]):
     """Weights by ComfyUI's name (without prefix): Packed where a [N, K] weight is quantized, else a tensor. Opening
     checks the header whole and every block's scale; `warnings` are sentences about plain weights that are not finite.
-    `architecture` is None where the file does not say. ValueError, one sentence with the file's name, for damaged files
+    `architecture` is None where the file does not say; `left_out` are the tensors without the prefix of a file that has
+    it (text encoders, VAE). ValueError, one sentence with the file's name, for damaged files
     and those that hold no diffusion transformer."""
 
     def __init__(self, path: str | Path, roots: Iterable[str | Path] = ()):
         self.header = read_gguf_header(path, roots)
         self.path, self.metadata = self.header.path, self.header.metadata
+        if self.metadata.get("split.count", 1) not in (0, 1):
+            parts = str(self.metadata["split.count"])[:20]
+            raise Damaged(self.path.name, f"it is one of {parts} parts; merge them with llama.cpp's gguf-split")
         self.architecture = _architecture(self.path.name, self.metadata.get("general.architecture"))
         named = self.header.tensors
+        self.left_out: list[str] = []
         if any(name.startswith(PREFIX) for name in named):
+            self.left_out = [name for name in named if not name.startswith(PREFIX)]
             named = {name.removeprefix(PREFIX): e for name, e in named.items() if name.startswith(PREFIX)}
             self._from = PREFIX
         else:

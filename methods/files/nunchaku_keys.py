@@ -235,9 +235,10 @@ def _complete(file: str, made: Plan, layers: dict[str, dict[str, str]], singles:
     for module, found in layers.items():
         allowed = (AWQ | AWQ_MORE if sources[module].splits else SVD | SVD_MORE) if module in sources else set()
         unknown += [key for suffix, key in found.items() if suffix not in allowed]
-    for what, names in (("lacks", missing), ("holds unknown tensors:", unknown)):
+    remedy = "; download it again, and merge a release in two files (nunchaku.merge_safetensors) into one"
+    for what, names, then in (("lacks", missing, remedy), ("holds unknown tensors:", unknown, "")):
         if names:
             more = f" and {len(names) - 4} more" if len(names) > 4 else ""
             raise ValueError(
-                f"{file} is a Nunchaku checkpoint of {made.family} and {what} {', '.join(names[:4])}{more}."
+                f"{file} is a Nunchaku checkpoint of {made.family} and {what} {', '.join(names[:4])}{more}{then}."
             )

@@ -1,5 +1,9 @@
 """GGUF files: every byte value decoded as gguf's own decoders do, ComfyUI-GGUF's conventions, nothing copied."""
 
+import gc
+import os
+from pathlib import Path
+
 import gguf
 import numpy as np
 import pytest
@@ -113,6 +117,34 @@ def test_nothing_is_copied(tmp_path, alignment):
     assert path.read_bytes() == before
 
 
+def test_tensors_beside_the_model(tmp_path):
+    tensors = [("model.diffusion_model.a", (2,), "F32", bytes(8)), ("vae.b", (2,), "F32", bytes(8))]
+    file = GgufFile(Made([], tensors).write(tmp_path / "a.gguf"))
+    assert [*file] == ["a"] and file.left_out == ["vae.b"]
+
+
+def test_a_large_file_takes_no_memory(tmp_path):
+    """Opening, and holding all tensors, of 48 MB: scales are looked at in chunks, weights are windows."""
+    if not os.path.exists("/proc/self/status"):
+        pytest.skip("needs Linux's /proc")
+
+    def held():
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return sum(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))  # kB
+
+    data = np.tile(blocks("Q4_K", 64, 1024), (2, 1)).tobytes()
+    rows = len(data) * 16 // 576
+    tensors = [(f"{i}.weight", (rows, 1024), "Q4_K", data * 16) for i in range(40)]
+    Made([("general.architecture", 8, "flux")], tensors).write(tmp_path / "a.gguf")
+    assert (tmp_path / "a.gguf").stat().st_size > 40 << 20
+    del data, tensors
+    gc.collect()
+    before = held()
+    file = GgufFile(tmp_path / "a.gguf")
+    weights = [file[name] for name in file]
+    assert len(weights) == 40 and held() - before < 8 << 10
+
+
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
@@ -125,6 +157,15 @@ def test_architectures_that_are_refused(tmp_path, name, sentence):
     made = Made([("general.architecture", 8, name)], [("a", (2,), "F32", bytes(8))])
     with pytest.raises(ValueError, match=f"^a.gguf cannot be read: {sentence}"):
         GgufFile(made.write(tmp_path / "a.gguf"))
+
+
+def test_one_part_of_a_file_in_several(tmp_path):
+    for count in (1, 3):
+        Made([("split.count", 2, count)], [("a", (2,), "F32", bytes(8))]).write(tmp_path / "a.gguf")
+        if count == 1:
+            assert [*GgufFile(tmp_path / "a.gguf")] == ["a"]
+    with pytest.raises(ValueError, match="^a.gguf cannot be read: it is one of 3 parts; merge them"):
+        GgufFile(tmp_path / "a.gguf")
 
 
 @pytest.mark.parametrize("metadata", [[], [("general.architecture", 8, "pig")]])

@@ -207,7 +207,7 @@ def test_qkv_of_qwen_image_is_cut():
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"x_embedder.weight": None}, "lacks x_embedder.weight"),
+        ({"x_embedder.weight": None}, "lacks x_embedder.weight; download it again, and merge a release in two files"),
         ({"transformer_blocks.0.mlp_fc1.wscales": None}, "lacks transformer_blocks.0.mlp_fc1.wscales"),
         ({"transformer_blocks.0.norm1.linear.wzeros": None}, "lacks transformer_blocks.0.norm1.linear.wzeros"),
         ({"transformer_blocks.0.norm_k.weight": None}, "lacks transformer_blocks.0.norm_k.weight"),
