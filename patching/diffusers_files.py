@@ -14,6 +14,7 @@ CONFIG, INDEX = "config.json", ".safetensors.index.json"
 SUFFIX = ".safetensors"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 MOST_JSON = 16 << 20  # bytes; the largest index of a released model has 1 MiB
+MOST_LAYERS, MOST_SIZE = 1000, 1 << 17  # beyond what any model has: building one would take all memory or for ever
 OLD_NAME = "Transformer2DModel"  # one class for several models, before they had their own
 OLD = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
 
@@ -78,9 +79,13 @@ def read_config(chosen: Path, known: Iterable[str]) -> tuple[str, dict[str, Any]
         raise ValueError(f"{_told(path)} asks for a quantizer (quantization_config). Download the model in bf16.")
     name = config.get("_class_name")
     if name == OLD_NAME:
-        name = OLD.get(config.get("norm_type"), name)
-    if name not in known:
+        name = OLD.get(str(config.get("norm_type")), name)
+    if name not in tuple(known):
         raise ValueError(f"{_told(path)} is for {name}, which is not bridged. Bridged are {', '.join(sorted(known))}.")
+    for key, value in config.items():
+        most = MOST_LAYERS if "layers" in key else MOST_SIZE
+        if type(value) is int and abs(value) > most:
+            raise ValueError(f"{_told(path)} says {key} {value}, more than {most}. Download it again.")
     return str(name), config
 
 
@@ -142,8 +147,8 @@ def read_tensors(
                 if key not in wanted and any(part in key for part in ignored):
                     continue
                 if key not in wanted or key in found:
-                    why = "twice" if key in found else "and this class has no such weight"
-                    raise ValueError(f"{_told(path)} holds {key} {why}. Is it of another model than its config?")
+                    why = "a second time" if key in found else "and this class has no such weight"
+                    raise ValueError(f"{_told(path)} holds {key} {why}. Download it with its own config.")
                 shape = file.get_slice(key).get_shape()
                 if tuple(shape) != tuple(wanted[key]):
                     raise ValueError(f"{_told(path)}: {key} is {shape}, but its config makes it {[*wanted[key]]}.")

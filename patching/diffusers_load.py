@@ -75,9 +75,9 @@ def build(kind: type, row: Row, config: dict[str, Any]) -> Any:
     try:
         with unplaced():
             model = derived(**given)
-    except (TypeError, ValueError, NotImplementedError, RuntimeError, ZeroDivisionError) as error:
+    except Exception as error:  # whatever a constructor of diffusers meets in a foreign config
         raise ValueError(
-            f"{kind.__name__} cannot be made from this config ({error}). Download config.json again."
+            f"{kind.__name__} cannot be made from this config ({_line(error)}). Download config.json again."
         ) from error
     full = model.config
     for key, value in row.refuses.items():
@@ -90,6 +90,11 @@ def build(kind: type, row: Row, config: dict[str, Any]) -> Any:
             "not bridged. Load the model that starts from text alone."
         )
     return model
+
+
+def _line(error: BaseException) -> str:
+    """The first line of what an error says, not too long."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import torch
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
 TEXT, POOLED, TOKENS = 24, 20, 6
+POSITIVE, NEGATIVE = 3, 5  # seeds of prompts; of classes the positive one, and no class
 FLOW, EPS, V = "flow", "eps", "v"
 HEADS = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2}
 ADALN = {"norm_type": "ada_norm_single", "num_embeds_ada_norm": 1000, "norm_elementwise_affine": False}
@@ -29,7 +30,7 @@ class Tiny:
 
 TINY = {
     "DiTTransformer2DModel": Tiny(
-        {**HEADS, "in_channels": 4, "out_channels": 8, "sample_size": 8, "num_embeds_ada_norm": 10}, (4, 8, 8), EPS, ()
+        {**HEADS, "in_channels": 4, "out_channels": 8, "sample_size": 8, "num_embeds_ada_norm": 1000}, (4, 8, 8), EPS, ()
     ),
     "PixArtTransformer2DModel": Tiny(
         {**HEADS, "num_attention_heads": 3, "in_channels": 4, "out_channels": 8, "sample_size": 128, "cross_attention_dim": 48,
@@ -98,7 +99,7 @@ def save(name: str, root: Path, **how: Any) -> Path:
     return folder
 
 
-def conditions(name: str, batch: int = 1, seed: int = 3) -> dict[str, torch.Tensor]:
+def conditions(name: str, batch: int = 1, seed: int = POSITIVE) -> dict[str, torch.Tensor]:
     """What the prompt of this class gives, by key of CONDITIONING."""
     generator = torch.Generator().manual_seed(seed)
     made = {
@@ -108,15 +109,15 @@ def conditions(name: str, batch: int = 1, seed: int = 3) -> dict[str, torch.Tens
     }
     made = {key: made[key] for key in TINY[name].has}
     if not TINY[name].has:
-        made["class_label"] = torch.full((batch,), seed)
+        made["class_label"] = torch.full((batch,), seed if seed == POSITIVE else 1000)
     return made
 
 
-def conditioning(name: str, seed: int = 3) -> list:
+def conditioning(name: str, seed: int = POSITIVE) -> list:
     """The same as a CONDITIONING."""
     made = conditions(name, seed=seed)
     if "class_label" in made:
-        return [[torch.zeros(1, 1, 1), {"class_label": seed}]]
+        return [[torch.zeros(1, 1, 1), {"class_label": seed if seed == POSITIVE else -1}]]
     return [[made.pop("cross_attn"), {**made, **TINY[name].extra}]]
 
 
@@ -192,7 +193,7 @@ def predict(name: str, x: torch.Tensor, t: torch.Tensor, c: dict[str, torch.Tens
 def reference(name: str, cfg: float = 1.0, batch: int = 1, start: torch.Tensor | None = None) -> torch.Tensor:
     """The denoised latent in the model's space: the scheduler's loop around the class, with guidance as pipelines do."""
     x, steps = noise(name, batch) if start is None else start, scheduler(name)
-    positive, negative = conditions(name, batch), conditions(name, batch, seed=5)
+    positive, negative = conditions(name, batch), conditions(name, batch, seed=NEGATIVE)
     with torch.no_grad():
         for t in steps.timesteps:
             made = predict(name, x, t, positive)
@@ -213,10 +214,11 @@ def sigmas(name: str, model: Any) -> torch.Tensor:
 
 def sampled(model: Any, name: str, cfg: float = 1.0, batch: int = 1, **more: Any) -> torch.Tensor:
     """The same by ComfyUI's sampler, in the model's space."""
-    start = more.pop("start", None)
+    start, levels = more.pop("start", None), more.pop("levels", None)
     start = noise(name, batch) if start is None else start
+    levels = sigmas(name, model) if levels is None else levels
     out = comfy.sample.sample(
-        model, start, 4, cfg, "euler", "simple", conditioning(name), conditioning(name, seed=5),
-        torch.zeros_like(start), sigmas=sigmas(name, model), disable_pbar=True, seed=1, **more,
+        model, start, len(levels) - 1, cfg, "euler", "simple", conditioning(name), conditioning(name, seed=NEGATIVE),
+        torch.zeros_like(start), sigmas=levels, disable_pbar=True, seed=1, **more,
     )  # fmt: skip
     return model.model.process_latent_in(out)
