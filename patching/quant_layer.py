@@ -11,15 +11,13 @@ from ..methods.quant.calibration import LayerStatistics
 from ..methods.quant.formats import find
 from ..methods.quant.layer import quantize_layer
 from ..methods.quant.smooth import ALPHAS
-from .quant_layout import quantized
-from .quant_ops import described
+from .quant_layout import described, quantized
 
 CORE = {  # format: (core's name, layout, arguments of quantize)
     "fp8_e4m3": ("float8_e4m3fn", "TensorCoreFP8E4M3Layout", {"scale": "recalculate"}),
     "nvfp4": ("nvfp4", "TensorCoreNVFP4Layout", {}),
     "mxfp8": ("mxfp8", "TensorCoreMXFP8Layout", {}),
 }
-EMPTY = torch.zeros(0)
 
 
 @dataclass(frozen=True)

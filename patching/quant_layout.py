@@ -21,6 +21,7 @@ from comfy_kitchen.tensor import (
 
 from ..kernels.quant.packed import Packed, decode
 from ..methods.quant.product import multiply, restored
+from ..methods.quant.recipe import FORMAT
 
 NAME = "TesseraPackedLayout"
 TENSORS = ("scale", "table", "smooth", "signs", "permutation", "down", "up")
@@ -129,6 +130,20 @@ def product(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None)
     if params.up is not None:
         y = y + torch.nn.functional.linear(torch.nn.functional.linear(x, params.down.to(x)), params.up.to(x))
     return y
+
+
+def described(weight: QuantizedTensor) -> dict[str, Any]:
+    """What a file says of a packed weight beside its tensors."""
+    params = weight._params
+    told = {"format": FORMAT, "codec": params.codec, "group": params.group, "columns": params.columns}
+    if params.rotation != "none":
+        told |= {"rotation": params.rotation, "block": params.block}
+    return told | ({"activation": params.activation} if params.activation != "none" else {})
+
+
+def shifts(weight: QuantizedTensor) -> bool:
+    """Whether a dense weight could not stand for it."""
+    return False
 
 
 @register_layout_op(torch.ops.aten.linear.default, PackedLayout)

@@ -1,6 +1,7 @@
 """Quantized checkpoints as MODELs: our own files, ComfyUI's formats, GGUF, and nunchaku's releases."""
 
-from collections.abc import Callable, Iterable
+import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,18 @@ import comfy.utils
 import torch
 
 from ..kernels.quant.packed import Packed
+from ..methods.files.core_formats import check_layers
 from ..methods.files.gguf_file import GgufFile
+from ..methods.files.nunchaku_keys import is_nunchaku, plan
 from ..methods.files.safetensors_file import SafetensorsFile
 from ..methods.quant.recipe import FORMAT, MARK, read_layer, read_mark
+from . import quant_parts
 from .quant_layout import quantized
 from .quant_ops import operations
+from .quant_parts import together
 
+log = logging.getLogger("tessera")
+OWN = (FORMAT, quant_parts.FORMAT)
 WEIGHTS = torch.bfloat16  # what packed weights stand for; products are formed in the dtype of the activations
 
 
@@ -59,17 +66,37 @@ def _emulated() -> list[str]:
 
 def _safetensors(path: str, roots: Iterable[str]) -> tuple[dict[str, Any], dict[str, str]]:
     file = SafetensorsFile(path, roots)
+    for warning in file.warnings:
+        log.warning("%s", warning)
+    if is_nunchaku(file):
+        return _nunchaku(file), {}
+    check_layers(file, OWN)
     tensors, metadata = dict(file), dict(file.metadata)
     tensors, metadata = comfy.utils.convert_old_quants(tensors, "", metadata=metadata)
     for key in [k for k in tensors if k.endswith(MARK)]:
         layer = key[: -len(MARK)]
         told = read_mark(file.path.name, layer, tensors[key])
-        if told["format"] != FORMAT:
-            continue
-        del tensors[key]
-        weight, extra = read_layer(file.path.name, layer, told, tensors)
-        tensors[f"{layer}.weight"] = quantized(weight, WEIGHTS, **extra)
+        if told["format"] in OWN:
+            del tensors[key]
+            tensors[f"{layer}.weight"] = _own(file.path.name, layer, told, tensors)
     return tensors, metadata
+
+
+def _nunchaku(file: SafetensorsFile) -> dict[str, Any]:
+    """ComfyUI's keys, with one tensor of ours for each Linear that the file holds in parts."""
+    layers = plan(file, file.path.name)
+    tensors: dict[str, Any] = {key: layers.tensor(key, file) for key in layers.plain}
+    for name, target in layers.linears.items():
+        try:
+            parts = layers.read(target, file)
+            tensors[f"{name}.weight"] = together(parts, target.axis, WEIGHTS)
+        except ValueError as error:
+            raise ValueError(f"{file.path.name}: {name}: {error}") from error
+        biases = [part.bias for part in parts if part.bias is not None]
+        if biases:
+            joined = torch.cat(biases) if target.axis == "rows" else torch.stack(biases).sum(0)
+            tensors[f"{name}.bias"] = joined
+    return tensors
 
 
 def _gguf(path: str, roots: Iterable[str]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -81,4 +108,8 @@ def _gguf(path: str, roots: Iterable[str]) -> tuple[dict[str, Any], dict[str, st
     return tensors, {}
 
 
-Reader = Callable[[str, Iterable[str]], tuple[dict[str, Any], dict[str, str]]]
+def _own(file: str, layer: str, told: dict[str, Any], tensors: dict[str, Any]) -> Any:
+    if told["format"] == quant_parts.FORMAT:
+        return quant_parts.read(file, layer, told, tensors, WEIGHTS)
+    weight, extra = read_layer(file, layer, told, tensors)
+    return quantized(weight, WEIGHTS, **extra)

@@ -12,10 +12,15 @@ import comfy.ops
 import torch
 
 from ..methods.quant.low_rank import low_rank_of
-from ..methods.quant.recipe import FORMAT, mark
-from .quant_layout import NAME, is_packed, product, with_branch
+from ..methods.quant.recipe import mark
+from . import quant_layout, quant_parts
 
+LAYOUTS = {module.NAME: module for module in (quant_layout, quant_parts)}
 MOST_RANK = 512  # above, a branch would cost what the dense layer does
+NO_DENSE = (
+    "A patch of full rank cannot be put on a layer {} of nunchaku's that shifts its activations; use a LoRA of low rank, or "
+    "the model in another format."
+)
 LORA_TOLERANCE = 1e-3  # part of a patch's norm that its factors may leave out: below what bf16 weights round away
 
 
@@ -26,13 +31,9 @@ def branch_of(weight: torch.Tensor, patched: torch.Tensor) -> tuple[torch.Tensor
     return None if found is None else found[::-1]
 
 
-def described(weight: Any) -> dict[str, Any]:
-    """What a file says of a packed weight beside its tensors."""
-    params = weight._params
-    told = {"format": FORMAT, "codec": params.codec, "group": params.group, "columns": params.columns}
-    if params.rotation != "none":
-        told |= {"rotation": params.rotation, "block": params.block}
-    return told | ({"activation": params.activation} if params.activation != "none" else {})
+def ours(weight: Any) -> Any:
+    """The module of the layout that a weight has, of ours; None for every other weight."""
+    return LAYOUTS.get(getattr(weight, "_layout_cls", None))
 
 
 def operations(compute_dtype: torch.dtype, disabled: Sequence[str] = ()) -> type:
@@ -51,12 +52,13 @@ class PackedLinear:
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         rest = local_metadata, strict, missing, unexpected, errors
         weight = state_dict.get(f"{prefix}weight")
-        if not is_packed(weight):
+        layout = ours(weight)
+        if layout is None:
             super()._load_from_state_dict(state_dict, prefix, *rest)
             return
         state_dict.pop(f"{prefix}weight")
         _check_size(prefix, weight, self._orig_shape)
-        self.quant_format, self.layout_type = FORMAT, NAME
+        self.quant_format, self.layout_type = layout.FORMAT, layout.NAME
         self.weight = torch.nn.Parameter(weight, requires_grad=False)
         torch.nn.Module._load_from_state_dict(self, state_dict, prefix, *rest)  # the bias
         if f"{prefix}weight" in missing:
@@ -64,27 +66,30 @@ class PackedLinear:
 
     def state_dict(self, *args, destination=None, prefix="", **kwargs):
         found = super().state_dict(*args, destination=destination, prefix=prefix, **kwargs)
-        if is_packed(self.weight):
-            found[f"{prefix}comfy_quant"] = mark(described(self.weight))
+        layout = ours(self.weight)
+        if layout is not None:
+            found[f"{prefix}comfy_quant"] = mark(layout.described(self.weight))
         return found
 
     def set_weight(self, weight, inplace_update=False, seed=None, return_weight=False, **kwargs):
         """weight: dense and patched. What the patches added goes into the branch of the packed weight."""
-        if getattr(self, "layout_type", None) != NAME:
+        if getattr(self, "layout_type", None) not in LAYOUTS:
             return super().set_weight(weight, inplace_update, seed, return_weight, **kwargs)
-        made = weight.to(self.weight.dtype)
-        if is_packed(self.weight):
+        made, layout = weight.to(self.weight.dtype), ours(self.weight)
+        if layout is not None:
             before = self.weight.to(device=weight.device)
             factors = branch_of(before.to(dtype=torch.float32).dequantize(), weight)
             if factors is not None:
-                made = with_branch(before, *(f.to(made.dtype) for f in factors))
+                made = layout.with_branch(before, *(f.to(made.dtype) for f in factors))
+            elif layout.shifts(before):
+                raise ValueError(NO_DENSE.format([*weight.shape]))
         if return_weight:
             return made
         self.weight = torch.nn.Parameter(made, requires_grad=False)
         return None
 
     def forward(self, input, *args, **kwargs):
-        if getattr(self, "layout_type", None) != NAME:
+        if getattr(self, "layout_type", None) not in LAYOUTS:
             return super().forward(input, *args, **kwargs)
         comfy.ops.run_every_op()
         with Untouched(self) as functions:
@@ -97,16 +102,18 @@ class PackedLinear:
         return y
 
     def _multiplied(self, x, weight, bias, functions: tuple[Callable, ...]):
-        linear = torch.nn.functional.linear
-        if not is_packed(weight):
+        linear, layout = torch.nn.functional.linear, ours(weight)
+        if layout is None:
             return linear(x, _through(weight.to(x.dtype), functions), bias)
         if not functions:
-            return product(x, weight, bias)
+            return layout.product(x, weight, bias)
         factors = self._factors(weight, functions)
         if factors is None:
+            if layout.shifts(weight):
+                raise ValueError(NO_DENSE.format([*weight.shape]))
             return linear(x, _through(weight.to(dtype=x.dtype).dequantize(), functions), bias)
         down, up = (f.to(x) for f in factors)
-        return product(x, weight, bias) + linear(linear(x, down), up)
+        return layout.product(x, weight, bias) + linear(linear(x, down), up)
 
     def _factors(self, weight, functions: tuple[Callable, ...]):
         """(down, up) of patches that are applied at each call; None where they are of high rank, or no LoRA of core's,
