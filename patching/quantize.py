@@ -140,12 +140,12 @@ def _known(path: Path) -> str | None:
 
 def _config(model: Any, weights: dict[str, torch.Tensor]) -> dict[str, str]:
     """What the shapes of the weights do not tell ComfyUI of the model, in the form that it reads."""
-    wanted = model.model.model_config.unet_config
+    config = model.model.model_config
+    wanted = {**type(config).unet_config, **config.unet_config}
     found = comfy.model_detection.detect_unet_config(dict(weights), "", metadata=None) or {}
-    missing = {
-        k: v for k, v in wanted.items() if k in found and found[k] != v and isinstance(v, (bool, int, float, str))
-    }
-    return {"config": json.dumps({"transformer": missing})} if missing else {}
+    missing = {k: v for k, v in wanted.items() if k not in found or found[k] != v}
+    plain = {k: v for k, v in missing.items() if isinstance(v, (bool, int, float, str, list, tuple))}
+    return {"config": json.dumps({"transformer": plain})} if plain else {}
 
 
 def _like(fresh: Any, model: Any) -> Any:
