@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .header import MOST_TENSORS
-from .place import Damaged, Stamp, find, foreign, shown
+from .place import Damaged, Stamp, find, foreign, opened, shown
 
 MOST_ENTRIES = 65_536  # of metadata
 MOST_TEXT = 16 << 20  # bytes of one text
@@ -95,7 +95,7 @@ def read_gguf_header(path: str | Path, roots: Iterable[str | Path] = ()) -> Gguf
     """The checked header. ValueError (Damaged), one sentence, for everything that is not a whole GGUF file of known types,
     or that lies outside of the roots where some are given."""
     path, stamp = find(path, roots)
-    with open(path, "rb") as file:
+    with opened(path) as file:
         cursor = _Cursor(file, path.name, stamp.size)
         version = _begin(cursor)
         tensors, entries = cursor.number("Q", "its header"), cursor.number("Q", "its header")

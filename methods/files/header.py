@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .place import Damaged, Mapped, Stamp, find, foreign, shown
+from .place import Damaged, Mapped, Stamp, find, foreign, opened, shown
 
 MOST_BYTES = 100_000_000  # of a header, as the format's own library
 MOST_TENSORS = 65_536
@@ -53,7 +53,7 @@ def read_header(path: str | Path, roots: Iterable[str | Path] = ()) -> Header:
     """The checked header. ValueError (Damaged), one sentence, for everything that is not a whole safetensors file, or that
     lies outside of the roots where some are given."""
     path, stamp = find(path, roots)
-    with open(path, "rb") as file:
+    with opened(path) as file:
         head = file.read(64)
         if why := foreign(head, "safetensors"):
             raise Damaged(path.name, why)

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -40,6 +41,13 @@ def stamp(path: Path) -> Stamp:
     return Stamp(found.st_size, found.st_mtime_ns, found.st_ino)
 
 
+def opened(path: Path) -> BinaryIO:
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise Damaged(path.name, error.strerror or str(error)) from error
+
+
 def find(path: str | Path, roots: Iterable[str | Path] = ()) -> tuple[Path, Stamp]:
     """(path, stamp) of an ordinary file; one that lies outside of all roots, also through a link, is refused where roots
     are given."""
@@ -71,7 +79,9 @@ def foreign(head: bytes, wanted: str) -> str | None:
 
 
 class Mapped:
-    """The bytes of one file, mapped and not copied; who writes into them changes his copy of a page, never the file."""
+    """The bytes of one file, mapped and not copied; who writes into them changes his copy of a page, never the file. A
+    file that another program cuts short while it is mapped ends the process at the next look beyond its new end: that
+    is why every tensor asks first whether it still is the same file."""
 
     def __init__(self, path: Path, known: Stamp):
         self.path, self.stamp = path, known
@@ -92,6 +102,8 @@ class Mapped:
         """Bytes start..stop as a tensor; a copy only where they do not lie on a multiple of the dtype's size."""
         self.same()
         data = self.all[start:stop]
+        if dtype == torch.bool:
+            return (data != 0).view(shape)  # bytes other than 0 and 1 are no truth values
         if start % dtype.itemsize:
             data = data.clone()
         return data.view(dtype).view(shape)

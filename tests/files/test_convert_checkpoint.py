@@ -132,6 +132,12 @@ def test_archives_that_are_refused(m, tmp_path):
     repacked(source, zipfile.ZIP_DEFLATED)  # 4 MB in some kB
     assert source.stat().st_size < 1 << 16
     refused("is compressed")
+    torch.save({"a": torch.zeros(9)}, source)
+    data = bytearray(source.read_bytes())
+    at = data.index(b"PK\x01\x02")  # the archive's list: sizes of its first part
+    data[at + 20 : at + 28] = (1 << 30).to_bytes(4, "little") * 2
+    source.write_bytes(data)
+    refused("claims 1,073,7.* bytes of content and has")
     torch.save({"a": torch.zeros(1).expand(1 << 40)}, source)
     refused(r"'a' float32 \[1099511627776\] is unfolded from 4 bytes")
     whole = torch.zeros(1 << 12)

@@ -127,6 +127,23 @@ def test_tensors_that_lie_at_odd_places(tmp_path):
         assert torch.equal(SafetensorsFile(tmp_path / "w.safetensors")["a"], torch.arange(6.0).view(2, 3))
 
 
+def test_files_that_cannot_be_opened(tmp_path, monkeypatch):
+    def denied(*_):
+        raise PermissionError(13, "Permission denied")
+
+    path = tmp_path / "w.safetensors"
+    save_file({"a": torch.zeros(2)}, path)
+    monkeypatch.setattr("builtins.open", denied)
+    with pytest.raises(ValueError, match="^w.safetensors cannot be read: Permission denied"):
+        m.read_header(path)
+
+
+def test_truth_values_of_any_byte(tmp_path):
+    (tmp_path / "w.safetensors").write_bytes(made({"a": one("BOOL", (4,), (0, 4))}, bytes([0, 1, 2, 255])))
+    got = SafetensorsFile(tmp_path / "w.safetensors")["a"]
+    assert got.view(torch.uint8).tolist() == [0, 1, 1, 1]
+
+
 def test_a_file_that_is_replaced(tmp_path):
     """Between header and load, and between opening and a tensor: refused, whatever the new file is."""
     path = tmp_path / "w.safetensors"

@@ -6,9 +6,11 @@ from pathlib import Path
 import nunchaku_helper as h
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tessera.methods.files import nunchaku_keys as m
 from tessera.methods.files.nunchaku_layout import SHIFT, AwqLinear, join
+from tessera.methods.files.safetensors_file import SafetensorsFile
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "keys"
 
@@ -154,11 +156,13 @@ def made_flux() -> tuple[dict, dict]:
     return file, dense
 
 
-def test_a_whole_flux(host):
+def test_a_whole_flux(host, tmp_path):
     """What a packed file becomes equals what ComfyUI makes of the same layers under diffusers' names."""
     import comfy.utils
 
-    file, dense = made_flux()
+    held, dense = made_flux()
+    save_file({key: tensor.contiguous() for key, tensor in held.items()}, tmp_path / "w.safetensors")
+    file = SafetensorsFile(tmp_path / "w.safetensors")
     assert m.is_nunchaku(file)
     plan = m.plan(file)
     got = {key: plan.tensor(key, file) for key in plan.plain}
