@@ -1,7 +1,6 @@
 """Quantized checkpoints as MODELs: our own files, ComfyUI's formats, GGUF, and nunchaku's releases."""
 
 import logging
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,13 @@ import torch
 from ..kernels.quant.packed import Packed
 from ..methods.files.core_formats import check_layers
 from ..methods.files.gguf_file import GgufFile
+from ..methods.files.model_file import open_model
 from ..methods.files.nunchaku_keys import is_nunchaku, plan
 from ..methods.files.safetensors_file import SafetensorsFile
 from ..methods.quant.recipe import FORMAT, MARK, read_layer, read_mark
 from . import quant_parts
 from .quant_layout import quantized
-from .quant_ops import operations
+from .quant_ops import operations, ours
 from .quant_parts import together
 
 log = logging.getLogger("tessera")
@@ -30,13 +30,11 @@ def load(path: str, roots: tuple[str, ...] = (), disable_dynamic: bool = False) 
     """The MODEL of a quantized file that lies in one of the folders `roots`. ValueError, one sentence with the file's
     name, where it is damaged or of no known architecture."""
     name = Path(path).name
-    reader = _gguf if Path(path).suffix.lower() == ".gguf" else _safetensors
-    tensors, metadata = reader(path, roots)
-    compute = _compute_dtype()
+    tensors, metadata = _read(open_model(path, roots))
+    own = any(ours(tensor) is not None for tensor in tensors.values())
+    options = {"custom_operations": operations(_compute_dtype(), _emulated())} if own else {}
     try:
-        model = comfy.sd.load_diffusion_model_state_dict(
-            tensors, {"custom_operations": operations(compute, _emulated())}, metadata, disable_dynamic=disable_dynamic
-        )
+        model = comfy.sd.load_diffusion_model_state_dict(tensors, options, metadata, disable_dynamic=disable_dynamic)
     except RuntimeError as error:  # sizes that do not fit the model, as torch lists them
         raise ValueError(f"{name}: {' '.join(str(error).split())[:600]}") from error
     if model is None:
@@ -64,15 +62,16 @@ def _emulated() -> list[str]:
     return found if comfy.model_management.supports_mxfp8_compute(device) else [*found, "mxfp8"]
 
 
-def _safetensors(path: str, roots: Iterable[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    file = SafetensorsFile(path, roots)
-    for warning in file.warnings:
+def _read(file: SafetensorsFile | GgufFile) -> tuple[dict[str, Any], dict[str, str]]:
+    """(tensors by ComfyUI's keys, those of our layouts made; metadata for ComfyUI)."""
+    for warning in getattr(file, "warnings", ()):
         log.warning("%s", warning)
+    if isinstance(file, GgufFile):
+        return {k: quantized(v, WEIGHTS) if isinstance(v, Packed) else v for k, v in file.items()}, {}
     if is_nunchaku(file):
         return _nunchaku(file), {}
     check_layers(file, OWN)
-    tensors, metadata = dict(file), dict(file.metadata)
-    tensors, metadata = comfy.utils.convert_old_quants(tensors, "", metadata=metadata)
+    tensors, metadata = comfy.utils.convert_old_quants(dict(file), "", metadata=dict(file.metadata))
     for key in [k for k in tensors if k.endswith(MARK)]:
         layer = key[: -len(MARK)]
         told = read_mark(file.path.name, layer, tensors[key])
@@ -97,15 +96,6 @@ def _nunchaku(file: SafetensorsFile) -> dict[str, Any]:
             joined = torch.cat(biases) if target.axis == "rows" else torch.stack(biases).sum(0)
             tensors[f"{name}.bias"] = joined
     return tensors
-
-
-def _gguf(path: str, roots: Iterable[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    file = GgufFile(path, roots)
-    tensors: dict[str, Any] = {}
-    for name in file:
-        found = file[name]
-        tensors[name] = quantized(found, WEIGHTS) if isinstance(found, Packed) else found
-    return tensors, {}
 
 
 def _own(file: str, layer: str, told: dict[str, Any], tensors: dict[str, Any]) -> Any:

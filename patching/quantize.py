@@ -7,7 +7,6 @@ from typing import Any
 
 import comfy.model_detection
 import comfy.model_management
-import comfy.model_patcher
 import torch
 
 from .. import archs
@@ -52,7 +51,7 @@ def quantize(model: Any, asked: Asked, statistics: Statistics | None, path: Path
     """(MODEL of the file, lines of a report). existing: what to do with a file of that name: "refuse", "replace", or
     "reuse" where it was made from this MODEL in the same way. ValueError, one sentence with the remedy, before anything
     is written, where the MODEL cannot be quantized."""
-    _check(model)
+    _check(model, statistics)
     about = _about(model, asked, statistics, exclude)
     if path.exists() and existing != "replace":
         known = _known(path)
@@ -78,7 +77,7 @@ def write(model: Any, asked: Asked, statistics: Statistics | None, path: Path, e
     progress = Progress(len(chosen))
     device = comfy.model_management.get_torch_device()
     metadata = {ABOUT: about, **_config(model, weights)}
-    with SafetensorsWriter(path, metadata) as out:
+    with SafetensorsWriter(path, metadata, len(weights) + 9 * len(chosen)) as out:
         for name in weights:
             layer = name.removesuffix(".weight")
             whole = _weight(model, name, device if layer in chosen and name != layer else None)
@@ -112,7 +111,7 @@ def _is_parameter(model: Any, key: str) -> bool:
     return leaf in model.model.get_submodule(owner)._parameters
 
 
-def _check(model: Any) -> None:
+def _check(model: Any, statistics: Statistics | None) -> None:
     packed = [n for n, p in model.model.diffusion_model.named_parameters() if type(p.data) is not torch.Tensor]
     if packed:
         raise ValueError(f"This MODEL is quantized already ({packed[0]}). Load it in full precision.")
@@ -121,6 +120,13 @@ def _check(model: Any) -> None:
         raise ValueError(
             f"{NAME} takes the plain weights, but this MODEL carries other modules in their place ({inside[0]}). Connect it "
             "before the node that put them there."
+        )
+
+    known = fingerprint(model.model.diffusion_model)
+    if statistics is not None and statistics.model != known:
+        raise ValueError(
+            f"The calibration was recorded with the model {statistics.model} and this one is {known}. Run Calibrate "
+            "Quantization on this MODEL."
         )
 
 
@@ -149,10 +155,13 @@ def _config(model: Any, weights: dict[str, torch.Tensor]) -> dict[str, str]:
 
 
 def _like(fresh: Any, model: Any) -> Any:
-    """The loaded MODEL with what earlier nodes set on this one: sampling, options, features."""
-    fresh.model_options = comfy.model_patcher.create_model_options_clone(model.model_options)
-    fresh.object_patches = dict(model.object_patches)
-    return fresh
+    """The loaded MODEL with all that earlier nodes set on this one, except the LoRA, which are in its weights."""
+    made = model.clone(model_override=fresh.get_clone_model_override())
+    made.patches, made.patches_uuid = {}, fresh.patches_uuid
+    made.cached_patcher_init, made.clone_base_uuid = fresh.cached_patcher_init, fresh.clone_base_uuid
+    made.parent, made.size = None, 0  # of the other model
+    made.model_size()
+    return made
 
 
 def _why(kept: dict[str, str]) -> str:

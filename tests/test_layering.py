@@ -14,7 +14,7 @@ RULES = {  # folder: (pack folders it may import, outside packages besides the s
     "networks": ({"networks", "kernels"}, {"torch"}),
     "methods": ({"methods", "kernels", "archs"}, {"torch", "numpy", "safetensors", "gguf"}),
     "patching": ({"patching", "methods", "networks", "kernels", "archs"}, {"torch", "comfy", "comfy_api", "comfy_extras",
-                                                                          "comfy_execution", "server"}),
+                                                                          "comfy_execution", "comfy_kitchen", "server"}),
     "nodes": ({"patching", "methods", "networks", "kernels", "archs"}, {"torch", "comfy_api", "folder_paths"}),
 }  # fmt: skip
 EXTRA = {  # the bridge to another host

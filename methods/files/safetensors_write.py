@@ -6,6 +6,7 @@ import os
 import tempfile
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -15,21 +16,25 @@ NAMES = {
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.float8_e8m0fnu: "F8_E8M0",
 }  # fmt: skip
 ALIGN = 8
+OF_EACH = 320  # bytes of the header for one tensor
 
 
 class SafetensorsWriter:
-    """with SafetensorsWriter(path, metadata) as out: out.add(name, tensor). The file appears under its name when the
-    block ends without an exception; until then, and after an interrupt, what was there before is untouched."""
+    """with SafetensorsWriter(path, metadata, count) as out: out.add(name, tensor). The file appears under its name when the
+    block ends without an exception; until then, and after an interrupt, what was there before is untouched. count: of
+    tensors at most; the header's place is reserved for so many, and what it does not need stays spaces."""
 
-    def __init__(self, path: str | Path, metadata: dict[str, str]):
+    def __init__(self, path: str | Path, metadata: dict[str, str], count: int):
         self.path, self.metadata = Path(path), metadata
-        self.entries: dict[str, dict] = {}
-        self.bytes = 0
+        self.entries: dict[str, dict[str, Any]] = {}
+        room = len(json.dumps(metadata)) + 1024 + count * OF_EACH
+        self.room, self.bytes = room + -room % ALIGN, 0
 
     def __enter__(self) -> "SafetensorsWriter":
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        handle, self.body = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.stem}.", suffix=".part")
+        handle, self.part = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.stem}.", suffix=".part")
         self.file = os.fdopen(handle, "wb")
+        self.file.seek(8 + self.room)
         return self
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
@@ -46,24 +51,21 @@ class SafetensorsWriter:
         }  # fmt: skip
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
-        self.file.close()
-        whole = f"{self.body}.whole"
         try:
+            with self.file:
+                if kind is None:
+                    self._finish()
             if kind is None:
-                self._finish(whole)
-                os.replace(whole, self.path)
+                os.replace(self.part, self.path)
         finally:
-            for left in (self.body, whole):
-                with contextlib.suppress(OSError):
-                    os.remove(left)
+            with contextlib.suppress(OSError):
+                os.remove(self.part)
 
-    def _finish(self, whole: str) -> None:
-        """Header and body in one file: the header's length is known only now."""
+    def _finish(self) -> None:
         header = json.dumps({"__metadata__": self.metadata, **self.entries}, separators=(",", ":")).encode()
-        header += b" " * (-len(header) % ALIGN)
-        with open(whole, "wb") as out, open(self.body, "rb") as body:
-            out.write(len(header).to_bytes(8, "little") + header)
-            while chunk := body.read(1 << 24):
-                out.write(chunk)
-            out.flush()
-            os.fsync(out.fileno())
+        if len(header) > self.room:
+            raise ValueError(f"{self.path.name} got {len(self.entries)} tensors, more than were told of.")
+        self.file.seek(0)
+        self.file.write(self.room.to_bytes(8, "little") + header.ljust(self.room))
+        self.file.flush()
+        os.fsync(self.file.fileno())

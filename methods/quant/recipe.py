@@ -18,8 +18,9 @@ ACTIVATIONS = ("none", "int8", "fp8", "int4")
 
 
 def mark(recipe: Mapping[str, Any]) -> torch.Tensor:
-    """The JSON as the uint8 tensor that ComfyUI reads."""
-    return torch.tensor(list(json.dumps(dict(recipe)).encode()), dtype=torch.uint8)
+    """The JSON as the uint8 tensor that ComfyUI reads, of a length after which the next tensor of a file is aligned."""
+    text = json.dumps(dict(recipe)).encode()
+    return torch.tensor(list(text + b" " * (-len(text) % 8)), dtype=torch.uint8)
 
 
 def read_mark(file: str, layer: str, tensor: torch.Tensor) -> dict[str, Any]:
