@@ -73,7 +73,7 @@ def made(weight: torch.Tensor, asked: Asked, known: LayerStatistics | None) -> M
     found = quantized(
         layer.packed, torch.bfloat16, smooth=layer.smooth, rotation=turn.kind,
         block=turn.block if turn.kind != "none" else 0, signs=turn.signs, permutation=turn.permutation,
-        activation=layer.activations, up=layer.up, down=layer.down,
+        activation=layer.activations, up=layer.up, down=layer.down, name=asked.format,
     )  # fmt: skip
     how = turn.kind + ("" if layer.smooth is None else ", smoothed")
     errors = layer.choice.errors if layer.choice is not None else {}

@@ -48,6 +48,7 @@ class PackedLayout(QuantizedLayout):
         rotation: str = "none"
         block: int = 0
         activation: str = "none"
+        name: str = ""  # of the format, for people
         transposed: bool = False
 
         def _tensor_fields(self) -> list[str]:
@@ -138,6 +139,8 @@ def described(weight: QuantizedTensor) -> dict[str, Any]:
     told = {"format": FORMAT, "codec": params.codec, "group": params.group, "columns": params.columns}
     if params.rotation != "none":
         told |= {"rotation": params.rotation, "block": params.block}
+    if params.name:
+        told["name"] = params.name
     return told | ({"activation": params.activation} if params.activation != "none" else {})
 
 

@@ -44,7 +44,7 @@ class SafetensorsWriter:
         raw = tensor.detach().to("cpu").contiguous().reshape(-1)
         start, size = self.bytes, raw.numel() * raw.element_size()
         if size:
-            self.file.write(memoryview(raw.view(torch.uint8).numpy()))
+            self.file.write(raw.view(torch.uint8).numpy().data)
         self.bytes += size
         self.entries[name] = {
             "dtype": NAMES[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [start, self.bytes],

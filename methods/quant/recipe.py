@@ -51,9 +51,9 @@ def read_layer(file: str, layer: str, told: Mapping[str, Any], tensors: dict[str
                 raise ValueError(f"weight_{name} is {[*part.shape]} where {BESIDE[name]} dimensions are needed")
             if part is not None and part.is_floating_point() and not bool(part.isfinite().all()):
                 raise ValueError(f"weight_{name} {[*part.shape]} is not finite")
-        codec, group, columns = told.get("codec"), told.get("group"), told.get("columns")
-        if codec not in CODECS or not _count(columns) or not _count(group):
-            raise ValueError(f"codec {codec!r}, {columns!r} columns in groups of {group!r} are none that are known")
+        codec, group, columns = told.get("codec"), _count(told, "group"), _count(told, "columns")
+        if codec not in CODECS:
+            raise ValueError(f"the codec {codec!r} is none that is known ({', '.join(CODECS)})")
         weight = Packed(codec, columns, data, parts.pop("scale"), parts.pop("table"), group)
         return weight, {**_checked(told, columns, parts), **parts}
     except ValueError as error:
@@ -61,24 +61,28 @@ def read_layer(file: str, layer: str, told: Mapping[str, Any], tensors: dict[str
 
 
 def _checked(told: Mapping[str, Any], columns: int, parts: Mapping[str, torch.Tensor | None]) -> dict[str, Any]:
-    kind, block = told.get("rotation", "none"), told.get("block", 0)
+    kind = told.get("rotation", "none")
+    block = _count(told, "block") if kind != "none" else 0
     activation = told.get("activation", "none")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activations {activation!r} are none that are known")
-    if kind != "none" and (not _count(block) or columns % block or block > MOST_BLOCK):
-        raise ValueError(f"rotated blocks of {block!r} do not divide {columns} columns")
+    if block and (columns % block or block > MOST_BLOCK):
+        raise ValueError(f"rotated blocks of {block} do not divide {columns} columns")
     Rotation(kind, block or 1, parts["signs"], parts["permutation"])
     for name in ("smooth", "signs", "permutation"):
-        if parts[name] is not None and len(parts[name]) != columns:
-            raise ValueError(f"weight_{name} has {len(parts[name])} values for {columns} columns")
+        if (part := parts[name]) is not None and len(part) != columns:
+            raise ValueError(f"weight_{name} has {len(part)} values for {columns} columns")
     order = parts["permutation"]
     if order is not None and not torch.equal(order.long().sort().values, torch.arange(columns, device=order.device)):
         raise ValueError(f"weight_permutation does not hold each of {columns} columns once")
     smooth = parts["smooth"]
     if smooth is not None and not bool((smooth > 0).all()):
         raise ValueError("weight_smooth is not positive everywhere")
-    return {"rotation": kind, "block": block if kind != "none" else 0, "activation": activation}
+    return {"rotation": kind, "block": block, "activation": activation, "name": str(told.get("name", ""))[:32]}
 
 
-def _count(value: Any) -> bool:
-    return type(value) is int and 0 < value < 1 << 24
+def _count(told: Mapping[str, Any], name: str) -> int:
+    value = told.get(name)
+    if type(value) is not int or not 0 < value < 1 << 24:
+        raise ValueError(f"{name} is {value!r} and no number from 1 on")
+    return value
