@@ -29,7 +29,8 @@ def test_bits_and_bytes(format, bits):
     stored = sum(t.numel() * t.element_size() for t in weight.state_dict().values())
     assert row["bytes"] == stored and row["bits"] == pytest.approx(8 * stored / weight.numel(), abs=1e-3)
     assert row["bits"] == pytest.approx(bits, rel=0.02) and 0 < row["error"] < 0.1
-    assert format.partition("_")[0] in row["format"] and row["path"] == "decoded" and "CPU" in row["why"] + text
+    assert format.partition("_")[0] in row["format"] and row["path"] == "decoded"
+    assert ("full precision" if format == "fp8_e4m3" else "CPU") in row["why"]
     assert text.startswith("20 of ") and "not quantized" not in text
 
 
