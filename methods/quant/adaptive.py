@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .calibration import LayerStatistics
+from .codebook import TINY
 from .rotation import KINDS, Rotation, block_of, rotation
 from .round_trip import activations, weights
 from .smooth import ALPHAS, smooth_scales
@@ -55,9 +56,7 @@ def output_error(
         w, x = w * smooth, x / smooth
     near, _ = weights(turn.apply(w), format, group, importance_of(mean_square, turn, smooth), rounds)
     got = activations(turn.apply(x), kind) @ near.T
-    return float(
-        (got - want).square().sum(dtype=torch.float64) / want.square().sum(dtype=torch.float64).clamp_min(1e-300)
-    )
+    return float((got - want).square().sum() / want.square().sum().clamp_min(TINY))
 
 
 def importance_of(mean_square: torch.Tensor | None, turn: Rotation, smooth: torch.Tensor | None) -> torch.Tensor | None:

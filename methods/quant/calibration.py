@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 FORMAT, VERSION = "tessera_quantization_calibration", "1"
+CHUNK = 1 << 24  # numbers at a time: the inputs of a video are large
 ROWS = 64  # of a layer, in bf16: some 200 MB for the layers of FLUX
 PARTS = ("amax", "square_sum", "tokens", "rows", "keys")
 MOST_CHANNELS, MOST_ROWS, MOST_TENSORS, MOST_NOTE = 1 << 18, 1 << 13, 1 << 17, 1 << 12
@@ -45,22 +46,25 @@ class LayerStatistics:
         x = x.detach().reshape(-1, x.shape[-1])
         if x.shape[1] != self.channels:
             raise ValueError(f"A layer of {self.channels} input channels met an input of {x.shape[1]}.")
+        if len(x) and not torch.stack(x.aminmax()).isfinite().all():
+            raise ValueError(f"An input {[*x.shape]} holds numbers that are not finite; calibrate a run that works.")
+        for part in x.split(max(1, CHUNK // self.channels)):
+            self._add(part)
+
+    def _add(self, x: torch.Tensor) -> None:
+        """Rows [n, K]."""
         if not len(x):
             return
         size = x.abs()
-        token = size.amax(1).double()
-        peak = size.amax(0).float().cpu()
-        if not peak.isfinite().all():
-            raise ValueError(f"An input {[*x.shape]} holds numbers that are not finite; calibrate a run that works.")
-        self.amax = torch.maximum(self.amax, peak)
-        self.square_sum += x.float().square().sum(0).double().cpu()
-        moments = torch.stack((token.new_tensor(len(x)), token.sum(), token.square().sum(), token.max())).cpu()
+        token = size.amax(1).float().cpu().double()
+        self.amax = torch.maximum(self.amax, size.amax(0).float().cpu())
+        self.square_sum += x.float().square().sum(0).cpu().double()
+        moments = torch.stack((token.new_tensor(len(x)), token.sum(), token.square().sum(), token.max()))
         self.tokens = torch.cat((self.tokens[:3] + moments[:3], torch.maximum(self.tokens[3:], moments[3:])))
         keys = torch.rand(len(x), generator=self._generator, dtype=torch.float64)
         fresh = (keys >= (self.keys.min() if len(self.keys) >= self.most > 0 else 0)).nonzero().squeeze(1)
         fresh = fresh[keys[fresh].argsort(descending=True)[: self.most]]
-        kept = x.index_select(0, fresh.to(x.device)).to("cpu", torch.bfloat16)
-        self._keep(kept, keys[fresh])
+        self._keep(x.index_select(0, fresh.to(x.device)).to("cpu", torch.bfloat16), keys[fresh])
 
     def merge(self, other: "LayerStatistics") -> None:
         """Takes what `other` saw as well. Give the two different seeds, or their rows are drawn alike."""

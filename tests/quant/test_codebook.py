@@ -123,6 +123,17 @@ def test_our_q4_k_reads_the_same_elsewhere():
     assert relative_mse(theirs, w) < 0.01 and torch.equal(theirs[4], torch.zeros(512))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_searched_integers_stay_integers_and_err_less(kind):
+    w = rows(kind, 64, 1024)
+    packed, fit = symmetric_int4(w, search=True)
+    assert fit.error < 0.9 * symmetric_int4(w)[1].error and fit.error == pytest.approx(
+        relative_mse(decode(packed), w), rel=1e-3
+    )
+    assert (packed.scale > 0).all() and torch.equal(packed.table, torch.arange(16.0) - 8)
+    assert unpack_codes(packed.data, "table4", 64).min() == 1
+
+
 def test_three_bits():
     w = rows("gauss", 64, 1024)
     packed, fit = twin_log(w, 3)

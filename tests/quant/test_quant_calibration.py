@@ -68,6 +68,15 @@ def test_merged_is_what_one_would_have_seen():
         a.merge(LayerStatistics(12))
 
 
+def test_long_inputs_are_taken_in_parts(monkeypatch):
+    s, x = some()
+    monkeypatch.setattr(calibration, "CHUNK", 24 * 33)
+    parts = LayerStatistics(24, 16)
+    parts.add(x.reshape(2, 250, 24))
+    assert torch.equal(parts.amax, s.amax) and parts.count == 500 and torch.allclose(parts.tokens, s.tokens)
+    assert torch.equal(parts.keys, s.keys) and torch.equal(parts.rows, s.rows), "rows do not depend on how they come"
+
+
 def test_inputs_in_half_precision_do_not_overflow():
     s = LayerStatistics(4)
     s.add(torch.full((3, 4), 6e4, dtype=torch.float16))

@@ -46,7 +46,7 @@ def test_the_ranks_of_formats():
     errors = {format: weights(w, format)[1].error for format in (*PACKED, *CORE)}
     order = sorted(errors, key=errors.get)
     assert order[0] == "int8_row" and set(order[1:3]) == {"mxfp8", "fp8_e4m3"}
-    assert order[3:] == ["tlq4", "nvfp4", "int4_g64", "tlq3"]
+    assert order[3:] == ["tlq4", "nvfp4", "svdquant_int4", "int4_g64", "tlq3"]
     assert errors["nvfp4"] == pytest.approx(0.0091, rel=0.05) and errors["int4_g64"] == pytest.approx(0.0116, rel=0.05)
 
 
