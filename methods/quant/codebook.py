@@ -22,6 +22,7 @@ SAMPLE = 1 << 17  # weights that choose mu and the table
 ROUNDS = 30
 CHUNK = {"cpu": 1 << 18}  # weights at a time, so that they stay in the cache; elsewhere as many as launches are worth
 CHUNK_ELSEWHERE = 1 << 24
+LARGEST = 1e15  # magnitude of a weight: squares stay within fp32
 FLOOR = 1e-4  # of the mean importance: a channel that was silent while calibrating still counts a little
 
 
@@ -102,8 +103,10 @@ def check_weight(weight: torch.Tensor) -> None:
     if weight.ndim != 2 or not weight.numel() or not weight.is_floating_point():
         raise ValueError(f"A weight to quantize is a floating [N, K], got {str(weight.dtype)[6:]} {[*weight.shape]}.")
     low, high = weight.aminmax()
-    if not (low.isfinite() and high.isfinite()):
-        raise ValueError(f"The weight {[*weight.shape]} holds numbers that are not finite; take another file.")
+    if not (low > -LARGEST and high < LARGEST):  # false for NaN
+        raise ValueError(
+            f"The weight {[*weight.shape]} holds numbers that are not finite or above {LARGEST:.0e}; take another file."
+        )
 
 
 def column_weights(importance: torch.Tensor | None, weight: torch.Tensor, group: int) -> torch.Tensor | None:

@@ -220,6 +220,7 @@ def test_int8_rows():
         (torch.ones(0, 64), None, "got float32 [0, 64]"),
         (torch.full((4, 64), torch.nan), None, "not finite"),
         (torch.tensor([[torch.inf] * 64]), None, "not finite"),
+        (torch.tensor([[-1e30] * 64]), None, "not finite or above 1e+15"),
         (torch.ones(4, 64), torch.ones(63), "Importances of 64 input channels must be finite and >= 0, got [63]"),
         (torch.ones(4, 64), torch.full((64,), -1.0), "must be finite and >= 0"),
     ],
