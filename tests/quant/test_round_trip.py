@@ -61,6 +61,16 @@ def test_core_formats_come_back_as_comfy_kitchens():
     assert torch.allclose(weights(w, "mxfp8")[0], kitchen.dequantize_mxfp8(codes, scales, torch.float32), rtol=1e-5)
 
 
+def test_nvfp4_errs_by_at_most_its_bound():
+    """(1 + 1/16) / 6 of the block's largest magnitude: half the step from 4 to 6, and the rounding of its scale."""
+    for seed in range(5):
+        w = rows("gauss", 64, 256, seed) * torch.logspace(-3, 1, 64)[:, None]
+        blocks, near = w.reshape(64, -1, 16), weights(w, "nvfp4")[0].reshape(64, -1, 16)
+        normal = blocks.abs().amax(-1) / 6 >= w.abs().max() / (448 * 6) * 2**-6  # of the E4M3 scales
+        assert normal.float().mean() > 0.5
+        assert ((near - blocks).abs().amax(-1) / blocks.abs().amax(-1))[normal].max() <= 0.1771
+
+
 @pytest.mark.parametrize("format", [*PACKED, *CORE, "none"])
 def test_zeros_and_odd_widths(format):
     near, fit = weights(torch.zeros(3, 70), format)
