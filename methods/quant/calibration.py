@@ -150,7 +150,7 @@ def save(path: str | Path, statistics: Statistics) -> None:
     """Writes a safetensors file, whole or not at all."""
     metadata = {"format": FORMAT, "version": VERSION, "model": statistics.model, "sampler": statistics.sampler}
     metadata["steps"] = str(statistics.steps)
-    with SafetensorsWriter(path, metadata) as out:
+    with SafetensorsWriter(path, metadata, len(PARTS) * len(statistics.layers)) as out:
         for layer, found in statistics.layers.items():
             for part, tensor in found.to_tensors().items():
                 out.add(f"{layer}:{part}", tensor)
