@@ -130,4 +130,4 @@ def fit_table(x: torch.Tensor, weights: torch.Tensor | None, table: torch.Tensor
 def weighted(difference: torch.Tensor, weights: torch.Tensor | None) -> float:
     """Sum of squares of [..., g], with the weights of its elements."""
     square = difference.square()
-    return float((square if weights is None else square * weights).sum(dtype=torch.float64))
+    return float((square if weights is None else square * weights).sum())

@@ -4,7 +4,7 @@ arXiv 2508.03485).
 The layer's sampled inputs X [T, K] and some of its outputs are enough: for each candidate,
     error = |X W' - A((X / s) R) Q((W s) R)'|^2 / |X W'|^2
 with A the rounding of activations and Q that of weights. Rotations are tried without smoothing first, then smoothing with
-the best of them and without any. The paper's own rule (mild outliers: Hadamard, salient channels: outlier-aware) is told
+the best of them and with none. The paper's own rule (mild outliers: Hadamard, salient channels: outlier-aware) is told
 beside it; its thresholds are not public, ours is the largest channel over the median one.
 """
 
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .calibration import LayerStatistics
+from .codebook import TINY
 from .rotation import KINDS, Rotation, block_of, rotation
 from .round_trip import activations, weights
 from .smooth import ALPHAS, smooth_scales
@@ -55,9 +56,7 @@ def output_error(
         w, x = w * smooth, x / smooth
     near, _ = weights(turn.apply(w), format, group, importance_of(mean_square, turn, smooth), rounds)
     got = activations(turn.apply(x), kind) @ near.T
-    return float(
-        (got - want).square().sum(dtype=torch.float64) / want.square().sum(dtype=torch.float64).clamp_min(1e-300)
-    )
+    return float((got - want).square().sum() / want.square().sum().clamp_min(TINY))
 
 
 def importance_of(mean_square: torch.Tensor | None, turn: Rotation, smooth: torch.Tensor | None) -> torch.Tensor | None:
@@ -100,15 +99,15 @@ def choose(
 
     for name in fitting:
         attempt(name, None)
-    best = min(errors, key=lambda label: errors[label])
-    for name in dict.fromkeys((best, *("none" for n in fitting if n == "none"))):
+    unsmoothed = sorted(errors, key=lambda label: errors[label])
+    turned = [name for name in unsmoothed if name != "none"]
+    for name in (*turned[:1], *(name for name in unsmoothed if name == "none")):
         for alpha in alphas:
             attempt(name, alpha)
-    label = min(errors, key=lambda label: errors[label])
-    for plainer in ("none", best):  # what changes little is not worth its time at every step
-        if plainer in errors and errors[label] > GAIN * errors[plainer]:
-            label = plainer
-            break
+    order = sorted(errors, key=lambda label: errors[label])
+    still = next((label for label in order if label.startswith("none,")), order[0])
+    plain = (label for label in ("none", still, unsmoothed[0]) if label in errors)
+    label = next((label for label in plain if errors[order[0]] > GAIN * errors[label]), order[0])
     salience = float(amax.max() / amax.median().clamp_min(1e-30))
     rule = "zigzag_hadamard" if salience > SALIENT else "hadamard_regular"
     return Choice(*found[label], errors, statistics.fluctuation, salience, rule)

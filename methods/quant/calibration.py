@@ -6,20 +6,21 @@ largest keys stay. Two collections merge into what one over both runs would be.
 """
 
 import math
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+
+from ..files.header import Entry, read_header
+from ..files.place import shown
+from ..files.safetensors_write import SafetensorsWriter
 
 FORMAT, VERSION = "tessera_quantization_calibration", "1"
+CHUNK = 1 << 24  # numbers at a time: the inputs of a video are large
 ROWS = 64  # of a layer, in bf16: some 200 MB for the layers of FLUX
 PARTS = ("amax", "square_sum", "tokens", "rows", "keys")
-MOST_CHANNELS, MOST_ROWS, MOST_TENSORS, MOST_NOTE = 1 << 18, 1 << 13, 1 << 17, 1 << 12
+MOST_CHANNELS, MOST_ROWS, MOST_NOTE = 1 << 18, 1 << 13, 1 << 12
 REMEDY = "record it again with Calibrate Quantization"
 
 
@@ -45,22 +46,25 @@ class LayerStatistics:
         x = x.detach().reshape(-1, x.shape[-1])
         if x.shape[1] != self.channels:
             raise ValueError(f"A layer of {self.channels} input channels met an input of {x.shape[1]}.")
+        if len(x) and not torch.stack(x.aminmax()).isfinite().all():
+            raise ValueError(f"An input {[*x.shape]} holds numbers that are not finite; calibrate a run that works.")
+        for part in x.split(max(1, CHUNK // self.channels)):
+            self._add(part)
+
+    def _add(self, x: torch.Tensor) -> None:
+        """Rows [n, K]."""
         if not len(x):
             return
         size = x.abs()
-        token = size.amax(1).double()
-        peak = size.amax(0).float().cpu()
-        if not peak.isfinite().all():
-            raise ValueError(f"An input {[*x.shape]} holds numbers that are not finite; calibrate a run that works.")
-        self.amax = torch.maximum(self.amax, peak)
-        self.square_sum += x.float().square().sum(0).double().cpu()
-        moments = torch.stack((token.new_tensor(len(x)), token.sum(), token.square().sum(), token.max())).cpu()
+        token = size.amax(1).float().cpu().double()
+        self.amax = torch.maximum(self.amax, size.amax(0).float().cpu())
+        self.square_sum += x.float().square().sum(0).cpu().double()
+        moments = torch.stack((token.new_tensor(len(x)), token.sum(), token.square().sum(), token.max()))
         self.tokens = torch.cat((self.tokens[:3] + moments[:3], torch.maximum(self.tokens[3:], moments[3:])))
         keys = torch.rand(len(x), generator=self._generator, dtype=torch.float64)
         fresh = (keys >= (self.keys.min() if len(self.keys) >= self.most > 0 else 0)).nonzero().squeeze(1)
         fresh = fresh[keys[fresh].argsort(descending=True)[: self.most]]
-        kept = x.index_select(0, fresh.to(x.device)).to("cpu", torch.bfloat16)
-        self._keep(kept, keys[fresh])
+        self._keep(x.index_select(0, fresh.to(x.device)).to("cpu", torch.bfloat16), keys[fresh])
 
     def merge(self, other: "LayerStatistics") -> None:
         """Takes what `other` saw as well. Give the two different seeds, or their rows are drawn alike."""
@@ -143,39 +147,29 @@ class Statistics:
 
 
 def save(path: str | Path, statistics: Statistics) -> None:
-    """Writes a safetensors file beside `path`, then renames it: a reader never sees half of one."""
-    path = Path(path)
-    tensors = {f"{layer}:{part}": x for layer, s in statistics.layers.items() for part, x in s.to_tensors().items()}
+    """Writes a safetensors file, whole or not at all."""
     metadata = {"format": FORMAT, "version": VERSION, "model": statistics.model, "sampler": statistics.sampler}
     metadata["steps"] = str(statistics.steps)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    try:
-        save_file(tensors, temporary, metadata)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    with SafetensorsWriter(path, metadata, len(PARTS) * len(statistics.layers)) as out:
+        for layer, found in statistics.layers.items():
+            for part, tensor in found.to_tensors().items():
+                out.add(f"{layer}:{part}", tensor)
 
 
 def load(path: str | Path) -> Statistics:
     """ValueError, one sentence with the file and where it applies the layer, for a file that is damaged or no calibration.
-    Sizes are checked before anything is read."""
-    path = Path(path)
-    try:
-        with safe_open(str(path), "pt") as file:
-            steps = _check_metadata(path.name, file.metadata() or {})
-            names = _check_sizes(path.name, file)
-            layers = {
-                layer: _read_layer(path.name, layer, {part: file.get_tensor(f"{layer}:{part}") for part in parts})
-                for layer, parts in names.items()
-            }
-            notes = file.metadata()
-    except FileNotFoundError as error:
-        raise ValueError(f"There is no calibration {path.name}; choose another one or {REMEDY}.") from error
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path.name} is damaged or no safetensors file ({error}); {REMEDY}.") from error
-    return Statistics(layers, notes["model"], steps, notes["sampler"], path.name)
+    Sizes are checked before anything is read; nothing stays mapped, so that the file may be written again."""
+    header = read_header(path)
+    file = header.path.name
+    steps = _check_metadata(file, header.metadata)
+    names = _check_sizes(file, header.tensors)
+    bytes_ = header.map()
+    layers = {}
+    for layer, parts in names.items():
+        entries = {part: header.tensors[f"{layer}:{part}"] for part in parts}
+        tensors = {n: bytes_.tensor(e.start, e.stop, e.dtype, e.shape).clone() for n, e in entries.items()}
+        layers[layer] = _read_layer(file, layer, tensors)
+    return Statistics(layers, header.metadata["model"], steps, header.metadata["sampler"], file)
 
 
 def _check_metadata(file: str, notes: dict[str, str]) -> int:
@@ -191,22 +185,15 @@ def _check_metadata(file: str, notes: dict[str, str]) -> int:
     return int(notes["steps"])
 
 
-def _check_sizes(file: str, opened) -> dict[str, list[str]]:
+def _check_sizes(file: str, entries: Mapping[str, Entry]) -> dict[str, list[str]]:
     """The parts of each layer."""
     names: dict[str, list[str]] = {}
-    keys = opened.keys()
-    if len(keys) > MOST_TENSORS:
-        raise ValueError(f"{file} holds {len(keys)} tensors, more than {MOST_TENSORS}; {REMEDY}.")
-    for key in keys:
+    for key, entry in entries.items():
         layer, _, part = key.rpartition(":")
-        shape = opened.get_slice(key).get_shape()
-        if (
-            not layer
-            or len(shape) > 2
-            or (shape and shape[-1] > MOST_CHANNELS)
-            or (len(shape) == 2 and shape[0] > MOST_ROWS)
-        ):
-            raise ValueError(f"{file}: {key:.200} {shape} is no part of a layer's statistics; {REMEDY}.")
+        shape = entry.shape
+        wide = bool(shape) and shape[-1] > MOST_CHANNELS
+        if not layer or len(shape) > 2 or wide or (len(shape) == 2 and shape[0] > MOST_ROWS):
+            raise ValueError(f"{file}: {shown(key)} {[*shape]} is no part of a layer's statistics; {REMEDY}.")
         names.setdefault(layer, []).append(part)
     if not names:
         raise ValueError(f"{file} has no layer; {REMEDY}.")
@@ -217,4 +204,4 @@ def _read_layer(file: str, layer: str, parts: dict[str, torch.Tensor]) -> LayerS
     try:
         return LayerStatistics.from_tensors(parts)
     except ValueError as error:
-        raise ValueError(f"{file}: {layer}: {error}; {REMEDY}.") from error
+        raise ValueError(f"{file}: {shown(layer)}: {error}; {REMEDY}.") from error

@@ -22,6 +22,7 @@ SAMPLE = 1 << 17  # weights that choose mu and the table
 ROUNDS = 30
 CHUNK = {"cpu": 1 << 18}  # weights at a time, so that they stay in the cache; elsewhere as many as launches are worth
 CHUNK_ELSEWHERE = 1 << 24
+LARGEST = 1e15  # magnitude of a weight: squares stay within fp32
 FLOOR = 1e-4  # of the mean importance: a channel that was silent while calibrating still counts a little
 
 
@@ -65,15 +66,18 @@ def twin_log(
     x, h = _sample(weight, group, column_weights(importance, weight, group), seed)
     chosen = _best_mu(x, h, bits) if mu is None else float(mu)
     if not rounds:
-        return _encode(weight, bits, group, importance, twin_log_table(bits, chosen), chosen, False)
+        return _encode(weight, bits, group, importance, twin_log_table(bits, chosen), chosen, False, 1)
     table = fit_table(x, h, twin_log_table(bits, chosen, True).to(weight.device), rounds)
-    return _encode(weight, bits, group, importance, table, chosen, True)
+    return _encode(weight, bits, group, importance, table, chosen, True, 0)
 
 
-def symmetric_int4(weight: torch.Tensor, group: int = 64, importance: torch.Tensor | None = None) -> tuple[Packed, Fit]:
-    """The plain symmetric integers -7 .. 7 with max|w| / 7 a group: code minus 8. importance only weighs the report."""
+def symmetric_int4(
+    weight: torch.Tensor, group: int = 64, importance: torch.Tensor | None = None, search: bool = False
+) -> tuple[Packed, Fit]:
+    """The symmetric integers -7 .. 7: code minus 8, times a scale > 0 a group, max|w| / 7 or the searched one of least error.
+    Without a search importance only weighs the report."""
     check_weight(weight)
-    return _encode(weight, 4, group, importance, twin_log_table(4, 0), None, False)
+    return _encode(weight, 4, group, importance, twin_log_table(4, 0), None, search, 1)
 
 
 def rowwise_int8(weight: torch.Tensor, importance: torch.Tensor | None = None) -> tuple[Packed, Fit]:
@@ -99,8 +103,10 @@ def check_weight(weight: torch.Tensor) -> None:
     if weight.ndim != 2 or not weight.numel() or not weight.is_floating_point():
         raise ValueError(f"A weight to quantize is a floating [N, K], got {str(weight.dtype)[6:]} {[*weight.shape]}.")
     low, high = weight.aminmax()
-    if not (low.isfinite() and high.isfinite()):
-        raise ValueError(f"The weight {[*weight.shape]} holds numbers that are not finite; take another file.")
+    if not (low > -LARGEST and high < LARGEST):  # false for NaN
+        raise ValueError(
+            f"The weight {[*weight.shape]} holds numbers that are not finite or above {LARGEST:.0e}; take another file."
+        )
 
 
 def column_weights(importance: torch.Tensor | None, weight: torch.Tensor, group: int) -> torch.Tensor | None:
@@ -184,10 +190,19 @@ def _scale_dtype(weight: torch.Tensor, group: int, length: int) -> torch.dtype:
     return torch.float16
 
 
-def _encode(weight, bits: int, group: int, importance, table: torch.Tensor, mu: float | None, search: bool):
-    """(Packed, Fit) with this table: searched scales and all codes, or those of the largest weights and all but code 0."""
+def _encode(
+    weight: torch.Tensor,
+    bits: int,
+    group: int,
+    importance: torch.Tensor | None,
+    table: torch.Tensor,
+    mu: float | None,
+    search: bool,
+    first: int,
+) -> tuple[Packed, Fit]:
+    """Codes of this table from `first` on, with searched scales or those of the largest weights. From 1 on it is odd, and
+    so are its scales positive."""
     codec, length = CODEC[bits], 2 ** (bits - 1) - 1
-    first = 0 if search else 1
     table = table.to(weight.device)
     book, h = Book.of(table[first:]), column_weights(importance, weight, group)
     dtype = _scale_dtype(weight, group, length)
@@ -196,7 +211,7 @@ def _encode(weight, bits: int, group: int, importance, table: torch.Tensor, mu: 
     for rows in _chunks(weight):
         x = _groups(weight[rows], group)
         wanted = search_scale(x, h, book) if search else x.abs().amax(-1) / length
-        scale = wanted.to(dtype)
+        scale = (wanted.abs() if first else wanted).to(dtype)
         codes = book.codes(x, scale.float()) + first
         near = table.index_select(0, codes.flatten()).view_as(x) * scale.float().unsqueeze(-1)
         near.view(len(near), -1)[:, weight.shape[1] :] = 0  # what pads the last group is never read

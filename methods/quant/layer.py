@@ -74,42 +74,41 @@ def quantize_layer(
     size, kind = known.check_group(group), known.check_activations(kind)
     if known.owner != "tessera":
         raise ValueError(f"{format} is stored by ComfyUI's own layouts; this packs the formats of this pack.")
-    codes = "int4_g64" if known.branch else format
-    choice = _choice(weight, codes, kind, size or weight.shape[1], rotate, alphas, statistics, seed)
+    choice = _choice(weight, format, kind, size or weight.shape[1], rotate, alphas, statistics, seed)
     turn, smooth = choice.rotation, choice.smooth
     squares = None if statistics is None or not statistics.count else statistics.mean_square.to(weight.device)
     importance = importance_of(squares, turn, smooth)
     w = weight.float() if smooth is None else weight.float() * smooth
     up = down = None
     if known.branch and rank > 0:
-        up, down = _branch(w, codes, size, turn, smooth, squares, rank, seed)
+        up, down = _branch(w, format, size, turn, smooth, squares, rank, seed)
         w = w - up.float() @ down.float()
         down = down if smooth is None else (down.float() / smooth).to(down.dtype)
-    packed, fit = quantize(turn.apply(w), codes, size or weight.shape[1], importance)
+    packed, fit = quantize(turn.apply(w), format, size or weight.shape[1], importance)
     return QuantizedLayer(packed, fit, kind, turn, smooth, up, down, choice)
 
 
-def _choice(weight, codes: str, kind: str, group: int, rotate: str, alphas, statistics, seed: int) -> Choice:
+def _choice(weight, format: str, kind: str, group: int, rotate: str, alphas, statistics, seed: int) -> Choice:
     """What `rotate` says: measured, or this one where its blocks fit."""
     if rotate == "auto":
-        return choose(weight, codes, kind, group, statistics, alphas=alphas, seed=seed)
+        return choose(weight, format, kind, group, statistics, alphas=alphas, seed=seed)
     if rotate not in KINDS:
         raise ValueError(f"Unknown rotation {rotate!r}. Known are auto, {', '.join(KINDS)}.")
     if rotate == "zigzag_hadamard" and (statistics is None or not statistics.count):
         raise ValueError("zigzag_hadamard sorts channels by their magnitudes; connect a calibration or choose another.")
     if statistics is not None and len(statistics.rows) and alphas:
-        return choose(weight, codes, kind, group, statistics, (rotate,), alphas, seed)
+        return choose(weight, format, kind, group, statistics, (rotate,), alphas, seed)
     fits = rotate == "none" or block_of(rotate, weight.shape[1])
     amax = None if statistics is None else statistics.amax
     return Choice(rotation(rotate if fits else "none", weight.shape[1], amax, seed))
 
 
-def _branch(w, codes: str, group: int, turn: Rotation, smooth, squares, rank: int, seed: int):
+def _branch(w, format: str, group: int, turn: Rotation, smooth, squares, rank: int, seed: int):
     """up [N, r] and down [r, K] of the smoothed weight, in the 16 bit that they are stored in."""
     importance = importance_of(squares, turn, smooth)
 
     def round_trip(residual: torch.Tensor) -> torch.Tensor:
-        return turn.undo(weights(turn.apply(residual), codes, group, importance, QUICK)[0])
+        return turn.undo(weights(turn.apply(residual), format, group, importance, QUICK)[0])
 
     plain = importance_of(squares, Rotation("none"), smooth)
     up, down, _ = split(w, rank, round_trip, plain, seed=seed)

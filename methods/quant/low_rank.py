@@ -54,7 +54,7 @@ def split(
         return up, down / root
 
     def miss(matrix: torch.Tensor) -> float:
-        return float((matrix if root is None else matrix * root).square().sum(dtype=torch.float64))
+        return float((matrix if root is None else matrix * root).square().sum())
 
     size = max(miss(w), 1e-300)
     up, down = decompose(w)
@@ -79,7 +79,7 @@ def low_rank_of(
     the factors would take as much memory as delta itself. Probes what is left of delta with ever more random vectors."""
     left = delta.float()
     n, k = left.shape
-    size = float(left.square().sum(dtype=torch.float64))
+    size = float(left.square().sum())
     if not math.isfinite(size):
         raise ValueError(f"The difference [{n}, {k}] holds numbers that are not finite; take another file.")
     most, allowed = min(max_rank, (n * k - 1) // (n + k)), tolerance * tolerance * size
@@ -94,7 +94,7 @@ def low_rank_of(
         q = torch.linalg.qr(q - basis @ (basis.T @ q)).Q
         part = q.T @ left
         left = left - q @ part
-        basis, missed = torch.cat((basis, q), 1), float(left.square().sum(dtype=torch.float64))
+        basis, missed = torch.cat((basis, q), 1), float(left.square().sum())
         parts.append(part)
         if missed > max(allowed, size * (1 - 0.5 * basis.shape[1] / (most + OVERSAMPLED))):
             return None  # of rank r, d vectors are expected to find at least d / r
@@ -105,7 +105,7 @@ def _trim(q: torch.Tensor, inside: torch.Tensor, missed: float, allowed: float, 
     """The fewest leading directions of q [N, p] inside [p, K] that leave no more than `allowed`, squared, of which `missed`
     lies outside; None beyond `most`."""
     u, s, v = torch.linalg.svd(inside, full_matrices=False)
-    tails = s.double().square().flip(0).cumsum(0).flip(0)  # [p], what is left without the directions from here on
+    tails = s.cpu().double().square().flip(0).cumsum(0).flip(0)  # [p], what is left without the directions from here on
     r = int((tails + missed > allowed).sum())
     if r > most:
         return None

@@ -96,10 +96,6 @@ class Rotation:
         order = squares if self.permutation is None else squares[self.permutation.to(squares.device)]
         return order.reshape(-1, self.block).mean(1).repeat_interleave(self.block)
 
-    def matrix(self, columns: int) -> torch.Tensor:
-        """R [K, K], dense, for those who want to see it."""
-        return self.apply(torch.eye(columns))
-
     def _blocks(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] times the Hadamard matrix of each block. H of a b channels is H_a (x) H_b: two small products."""
         if x.shape[-1] % self.block:

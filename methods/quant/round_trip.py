@@ -14,7 +14,7 @@ ACTIVATIONS = ("none", "int8", "fp8", "int4")
 LEVELS = {"int8": 127, "int4": 7}
 E4M3, E2M1 = 448.0, 6.0
 BITS = {"tlq4": 4, "tlq3": 3}
-PACKED = (*BITS, "int4_g64", "int8_row")  # the formats of our own codecs
+PACKED = (*BITS, "int4_g64", "int8_row", "svdquant_int4")  # the formats of our own codecs; of svdquant's, the residual
 
 
 def activations(x: torch.Tensor, kind: str) -> torch.Tensor:
@@ -42,8 +42,8 @@ def quantize(
     """(Packed, Fit) of weight [N, K] in one of our own formats; group and rounds of the refit where it has them."""
     if format in BITS:
         return twin_log(weight, BITS[format], group, importance, rounds=rounds)
-    if format == "int4_g64":
-        return symmetric_int4(weight, group, importance)
+    if format in ("int4_g64", "svdquant_int4"):
+        return symmetric_int4(weight, group, importance, search=format == "svdquant_int4")
     if format == "int8_row":
         return rowwise_int8(weight, importance)
     raise ValueError(f"{format!r} is not one of our codecs, which are {', '.join(PACKED)}.")

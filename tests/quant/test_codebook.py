@@ -6,7 +6,7 @@ import pytest
 import torch
 from quant_helper import KINDS, q4_k_bytes, relative_mse, rows
 
-from tessera.kernels.quant.packed import Packed, decode, unpack_codes
+from tessera.kernels.quant.packed import Packed, decode, pack_codes, unpack_codes
 from tessera.methods.quant import codebook
 from tessera.methods.quant._assign import Book, search_scale
 from tessera.methods.quant.codebook import MUS, rowwise_int8, symmetric_int4, twin_log, twin_log_table
@@ -28,6 +28,20 @@ def test_mu_zero_without_refit_is_the_symmetric_integers(bits):
     if bits == 4:
         plain, _ = symmetric_int4(w)
         assert torch.equal(plain.data, packed.data) and torch.equal(plain.scale, packed.scale)
+
+
+@pytest.mark.parametrize("group", [8, 24, 64])
+@pytest.mark.parametrize("bits", [4, 3])
+def test_packing_and_back_is_exact(bits, group):
+    codec = {4: "table4", 3: "table3"}[bits]
+    codes = torch.randint(2**bits, (5, 3 * group), dtype=torch.uint8)
+    data = pack_codes(codes, codec, group)
+    assert data.shape == (5, 3 * group * bits // 8) and torch.equal(unpack_codes(data, codec, group), codes)
+    scale, table = torch.randn(5, 3), torch.randn(2**bits)
+    want = table[codes.long()] * scale.repeat_interleave(group, 1)
+    assert torch.equal(decode(Packed(codec, 3 * group, data, scale, table, group)), want)
+    if bits == 4:
+        assert torch.equal(data[:, 0], codes[:, 0] | codes[:, group // 2] << 4)
 
 
 @pytest.mark.parametrize("mu", MUS)
@@ -123,6 +137,17 @@ def test_our_q4_k_reads_the_same_elsewhere():
     assert relative_mse(theirs, w) < 0.01 and torch.equal(theirs[4], torch.zeros(512))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_searched_integers_stay_integers_and_err_less(kind):
+    w = rows(kind, 64, 1024)
+    packed, fit = symmetric_int4(w, search=True)
+    assert fit.error < 0.9 * symmetric_int4(w)[1].error and fit.error == pytest.approx(
+        relative_mse(decode(packed), w), rel=1e-3
+    )
+    assert (packed.scale > 0).all() and torch.equal(packed.table, torch.arange(16.0) - 8)
+    assert unpack_codes(packed.data, "table4", 64).min() == 1
+
+
 def test_three_bits():
     w = rows("gauss", 64, 1024)
     packed, fit = twin_log(w, 3)
@@ -209,6 +234,7 @@ def test_int8_rows():
         (torch.ones(0, 64), None, "got float32 [0, 64]"),
         (torch.full((4, 64), torch.nan), None, "not finite"),
         (torch.tensor([[torch.inf] * 64]), None, "not finite"),
+        (torch.tensor([[-1e30] * 64]), None, "not finite or above 1e+15"),
         (torch.ones(4, 64), torch.ones(63), "Importances of 64 input channels must be finite and >= 0, got [63]"),
         (torch.ones(4, 64), torch.full((64,), -1.0), "must be finite and >= 0"),
     ],

@@ -10,7 +10,7 @@ ALL = {"tlq4", "tlq3", "int4_g64", "int8_row", "fp8_e4m3", "nvfp4", "mxfp8", "sv
 
 
 def test_every_format_is_there_and_can_be_rounded_to():
-    assert set(FORMATS) == ALL == {*PACKED, *CORE, "svdquant_int4"}
+    assert set(FORMATS) == ALL == {*PACKED, *CORE}
     assert {name for name, format in FORMATS.items() if format.owner == "core"} == set(CORE)
     assert all(
         set(format.activations) <= set(ACTIVATIONS) and format.activations[0] == "none" for format in FORMATS.values()

@@ -46,7 +46,7 @@ def test_the_ranks_of_formats():
     errors = {format: weights(w, format)[1].error for format in (*PACKED, *CORE)}
     order = sorted(errors, key=errors.get)
     assert order[0] == "int8_row" and set(order[1:3]) == {"mxfp8", "fp8_e4m3"}
-    assert order[3:] == ["tlq4", "nvfp4", "int4_g64", "tlq3"]
+    assert order[3:] == ["tlq4", "nvfp4", "svdquant_int4", "int4_g64", "tlq3"]
     assert errors["nvfp4"] == pytest.approx(0.0091, rel=0.05) and errors["int4_g64"] == pytest.approx(0.0116, rel=0.05)
 
 
@@ -59,6 +59,16 @@ def test_core_formats_come_back_as_comfy_kitchens():
     assert torch.allclose(weights(w, "nvfp4")[0], theirs, rtol=1e-5, atol=1e-9)
     codes, scales = kitchen.quantize_mxfp8(w)
     assert torch.allclose(weights(w, "mxfp8")[0], kitchen.dequantize_mxfp8(codes, scales, torch.float32), rtol=1e-5)
+
+
+def test_nvfp4_errs_by_at_most_its_bound():
+    """(1 + 1/16) / 6 of the block's largest magnitude: half the step from 4 to 6, and the rounding of its scale."""
+    for seed in range(5):
+        w = rows("gauss", 64, 256, seed) * torch.logspace(-3, 1, 64)[:, None]
+        blocks, near = w.reshape(64, -1, 16), weights(w, "nvfp4")[0].reshape(64, -1, 16)
+        normal = blocks.abs().amax(-1) / 6 >= w.abs().max() / (448 * 6) * 2**-6  # of the E4M3 scales
+        assert normal.float().mean() > 0.5
+        assert ((near - blocks).abs().amax(-1) / blocks.abs().amax(-1))[normal].max() <= 0.1771
 
 
 @pytest.mark.parametrize("format", [*PACKED, *CORE, "none"])
