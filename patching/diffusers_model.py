@@ -13,8 +13,10 @@ import torch
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 
 from .diffusers_blocks import running
+from .diffusers_processors import keep_eager
 from .diffusers_sampling import Noise, install
 from .diffusers_table import Row
+from .run import find_options
 
 REFUSED = {  # keys of CONDITIONING that would be lost on every bridged class
     "concat_latent_image": "an image to start from",
@@ -106,6 +108,11 @@ class BridgedModel(comfy.model_base.HiDream):
         self.flows = noise.alphas is None
         self.diffusion_model = diffusion_model
         comfy.model_management.archive_model_dtypes(diffusion_model)
+
+    def apply_model(self, *args, **kwargs):
+        if any("torch.compile" in keys for keys in find_options(args, kwargs).get("wrappers", {}).values()):
+            keep_eager(self.diffusion_model)
+        return super().apply_model(*args, **kwargs)
 
     def process_timestep(self, timestep, **_):
         """Timesteps of flows as the class counts them, whether the MODEL's sampling node counts to 1 or to 1,000."""

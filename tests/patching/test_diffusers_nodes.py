@@ -196,3 +196,16 @@ def test_off_nodes_change_no_bit(model):
     for name in tiny.TINY:
         off = run_node(TaylorCache, model=model(name), interval=1, level="output")[0]
         assert torch.equal(run(off, name, 2), run(model(name), name, 2))
+
+
+def test_under_torch_compile(model):
+    """Graphs around the served attention; a cache goes on deciding at every step."""
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    name = "FluxTransformer2DModel"
+    plain, cached = run(model(name), name, 4), run(taylor(model(name), interval=2, warmup=1), name, 4)
+    compiled = model(name)
+    set_torch_compile_wrapper(compiled, backend="eager")
+    assert error(run(compiled, name, 4), plain) < 1e-5
+    both = taylor(compiled, interval=2, warmup=1)
+    assert error(run(both, name, 4), cached) < 1e-5 and facts(both)["forecast"] > 0
