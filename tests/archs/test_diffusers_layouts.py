@@ -125,6 +125,44 @@ def test_hooks_around_blocks(model, name):
     assert torch.equal(run(model, name)[2], plain)
 
 
+@pytest.mark.parametrize("name", tiny.TINY)
+def test_blocks_know_no_places_where_it_is_said(model, name):
+    """Where no argument beside the streams belongs to single tokens, a block on shuffled tokens gives its output
+    shuffled; rotations, convolutions and the like would tell."""
+    dm = model(name).model.diffusion_model
+    lists = [spec for spec in find(dm).blocks if spec.stack]
+    hooks = {}
+
+    def shuffled(args, extra):
+        order = torch.randperm(args["img"].shape[1], generator=torch.Generator().manual_seed(1))
+        out = extra["original_block"]({**args, "img": args["img"][:, order]})
+        return {**out, "img": out["img"][:, order.argsort()]}
+
+    for spec in lists:
+        for index, _ in enumerate(block_modules(dm, spec)):
+            hooks[spec.replace, index] = shuffled
+    plain, got = run(model, name)[2], run(model, name, hooks=hooks)[2]
+    apart = ((got - plain).norm() / plain.norm()).item()
+    known = all(spec.per_token is not None for spec in lists)
+    assert apart < 1e-5 if known else (apart > 1e-4 or name.startswith("Latte"))
+
+
+@pytest.mark.parametrize("name", tiny.TINY)
+def test_mlps_serve_each_token_alone(model, name):
+    dm = model(name).model.diffusion_model
+    arch = find(dm)
+    for spec in (spec for spec in arch.blocks if spec.stack):
+        for _, block in block_modules(dm, spec):
+            for path in arch.mlps.get(spec.path, ()):
+                mlp = getattr(block, path)
+                if mlp is None:  # of the text, in the last block of Stable Diffusion 3
+                    continue
+                x = torch.randn(2, 7, mlp.net[0].proj.in_features)
+                with torch.inference_mode():
+                    some, every = mlp(x[:, [1, 4]]), mlp(x)
+                assert every.shape == x.shape and torch.allclose(some, every[:, [1, 4]], atol=1e-6)
+
+
 def test_joined_latent_frames():
     """CogVideoX 1.5 joins two frames in a token."""
     config = {**tiny.TINY["CogVideoXTransformer3DModel"].config, "patch_size_t": 2}

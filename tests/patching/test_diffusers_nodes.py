@@ -5,16 +5,22 @@ from collections import Counter
 import comfy.lora
 import comfy.model_management
 import comfy.sample
+import comfy.samplers
 import comfy.sd
 import diffusers_helper as tiny
 import pytest
 import torch
 from attention_helper import Exact, plan
+from comfy_extras.nodes_custom_sampler import Noise_RandomNoise
 from nodes_helper import facts, run_node, taylor
 
 from tessera import archs
 from tessera.nodes.attention.window_attention_3d import WindowAttention3d
+from tessera.nodes.cache.dynamic_grain import DynamicGrain
+from tessera.nodes.cache.dynamic_tokens import DynamicTokens
+from tessera.nodes.cache.region_adaptive_sampling import RegionAdaptiveSampling
 from tessera.nodes.cache.taylor_cache import TaylorCache
+from tessera.nodes.measure.compare import Compare
 from tessera.patching.diffusers_load import load
 
 LINEAR = ("SanaTransformer2DModel", "SanaVideoTransformer3DModel")
@@ -123,6 +129,47 @@ def test_attention_under_a_cache(model):
     made = plan(taylor(model(name)), Exact())
     assert error(run(made, name), run(taylor(model(name)), name)) < 1e-5
     assert facts(made, "Plan")["served"] == 4 * facts(made)["full"]
+
+
+def test_compare(model):
+    """The node's own sampling: what a cache saves on a bridged model, and that two plain ones are identical."""
+    name = "PixArtTransformer2DModel"
+    latent = {"samples": torch.zeros(1, *tiny.TINY[name].latent)}
+    inputs = {
+        "positive": tiny.conditioning(name), "negative": tiny.conditioning(name, seed=tiny.NEGATIVE), "latent": latent,
+        "noise": Noise_RandomNoise(3), "sampler": comfy.samplers.sampler_object("euler"), "repeats": 1, "decode": "none",
+        "sigmas": comfy.samplers.calculate_sigmas(model(name).get_model_object("model_sampling"), "simple", 8),
+    }  # fmt: skip
+    with torch.inference_mode():
+        same = run_node(Compare, model_a=model(name), model_b=model(name), **inputs)[3]
+        cached = run_node(Compare, model_a=model(name), model_b=taylor(model(name)), **inputs)[3]
+    assert same["identical"] and not cached["identical"] and cached["latent_error"] > 0
+
+
+TOKENS = ["DiTTransformer2DModel", "PixArtTransformer2DModel", "SD3Transformer2DModel", "LTXVideoTransformer3DModel",
+          "FluxTransformer2DModel", "WanTransformer3DModel"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_dynamic_tokens(model, name):
+    plain = run(model(name), name)
+    made = run_node(DynamicTokens, model=model(name), quantile=0.5, start_percent=0.0)[0]
+    assert run(made, name).isfinite().all() and 0 < error(run(made, name), plain) < 1
+    assert len({d["kind"] for d in facts(made, "Dynamic Tokens")["decisions"]}) == 2
+    every = run_node(DynamicTokens, model=model(name), quantile=0.0, start_percent=0.0)[0]
+    assert torch.equal(run(every, name), plain)
+
+
+@pytest.mark.parametrize("name", TOKENS[:3])
+def test_nodes_that_drop_and_merge_tokens(model, name):
+    """They act where blocks hold nothing else for single tokens, and refuse elsewhere."""
+    plain = run(model(name), name)
+    for node in (DynamicGrain, RegionAdaptiveSampling):
+        got = run(run_node(node, model=model(name))[0], name)
+        assert got.isfinite().all() and 0 < error(got, plain) < 1
+    for node in (DynamicGrain, RegionAdaptiveSampling):
+        with pytest.raises(ValueError, match="does not know"):
+            run_node(node, model=model("WanTransformer3DModel"))
 
 
 def lora(name: str, prefix: str) -> tuple[dict[str, torch.Tensor], str]:
