@@ -137,7 +137,7 @@ class BridgedModel(comfy.model_base.HiDream):
         noise, found = kwargs["noise"], {}
         for key, asked in row.takes.items():
             wanted = asked == "" or (asked is not None and bool(config[asked]))
-            value = self._size(noise, kwargs) if key == "size" else kwargs.get(key)
+            value = self._size(noise, kwargs) if key == "size" else kwargs.get(key, row.assumed.get(key))
             if value is None and wanted:
                 raise ValueError(f"{name} needs {WORDS[key]}.")
             if value is not None and (wanted or asked is None):
@@ -167,6 +167,5 @@ WORDS = {
     "cross_attn": "a prompt. Connect its text encoder's CONDITIONING",
     "pooled_output": "a pooled text (pooled_output), which this CONDITIONING lacks. Encode with CLIP as well as T5",
     "class_label": "a class. Connect Class Label to positive and negative",
-    "guidance": "a guidance value. Add FluxGuidance to the CONDITIONING",
     "size": "a size",
 }

@@ -62,10 +62,10 @@ def run(model, name: str, change=None, hooks=None):
 
 
 def test_every_class_has_a_layout():
-    assert {name for home, name in all_archs() if home == "diffusers"} == set(tiny.TINY)
+    assert {name for home, name in all_archs() if home == "diffusers"} == set(tiny.CLASSES)
 
 
-@pytest.mark.parametrize("name", [name for name in tiny.TINY if name not in LINEAR])
+@pytest.mark.parametrize("name", [name for name in tiny.CLASSES if name not in LINEAR])
 def test_moved_patch_is_the_predicted_token(model, name):
     arch = find(model(name).model.diffusion_model)
     grid, before, _ = run(model, name)
@@ -79,7 +79,7 @@ def test_moved_patch_is_the_predicted_token(model, name):
     assert change.nonzero().flatten().tolist() == [found.image.start + index]
 
 
-@pytest.mark.parametrize("name", tiny.TINY)
+@pytest.mark.parametrize("name", tiny.CLASSES)
 def test_calls_of_a_block(model, name):
     """In the declared number and order; a text of 6 tokens, 512 for Wan, in cross-attention or beside the image."""
     dm = model(name).model.diffusion_model
@@ -100,7 +100,7 @@ def test_calls_of_a_block(model, name):
     assert len(outside) == (len(dm.temporal_transformer_blocks) if name.startswith("Latte") else 0)
 
 
-@pytest.mark.parametrize("name", tiny.TINY)
+@pytest.mark.parametrize("name", tiny.CLASSES)
 def test_hooks_around_blocks(model, name):
     """One that passes on changes no bit, in the declared order; blocks that are passed over do not run."""
     dm, seen = model(name).model.diffusion_model, []
@@ -125,7 +125,7 @@ def test_hooks_around_blocks(model, name):
     assert torch.equal(run(model, name)[2], plain)
 
 
-@pytest.mark.parametrize("name", tiny.TINY)
+@pytest.mark.parametrize("name", tiny.CLASSES)
 def test_blocks_know_no_places_where_it_is_said(model, name):
     """Where no argument beside the streams belongs to single tokens, a block on shuffled tokens gives its output
     shuffled; rotations, convolutions and the like would tell."""
@@ -147,7 +147,7 @@ def test_blocks_know_no_places_where_it_is_said(model, name):
     assert apart < 1e-5 if known else (apart > 1e-4 or name.startswith("Latte"))
 
 
-@pytest.mark.parametrize("name", tiny.TINY)
+@pytest.mark.parametrize("name", tiny.CLASSES)
 def test_mlps_serve_each_token_alone(model, name):
     dm = model(name).model.diffusion_model
     arch = find(dm)

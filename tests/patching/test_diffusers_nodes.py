@@ -24,8 +24,8 @@ from tessera.nodes.measure.compare import Compare
 from tessera.patching.diffusers_load import load
 
 LINEAR = ("SanaTransformer2DModel", "SanaVideoTransformer3DModel")
-SOFTMAX = [name for name in tiny.TINY if name not in LINEAR]
-STACKED = [name for name in tiny.TINY if not name.startswith("Latte")]
+SOFTMAX = [name for name in tiny.CLASSES if name not in LINEAR]
+STACKED = [name for name in tiny.CLASSES if not name.startswith("Latte")]
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def facts_of(model, name: str, level: str) -> dict:
     return facts(made)
 
 
-@pytest.mark.parametrize("name", tiny.TINY)
+@pytest.mark.parametrize("name", tiny.CLASSES)
 def test_taylor_cache_at_the_output(model, name):
     plain, made = run(model(name), name), taylor(model(name), level="output")
     assert 0 < error(run(made, name), plain) < 1 and facts(made)["forecast"] > 0
@@ -184,7 +184,7 @@ def lora(name: str, prefix: str) -> tuple[dict[str, torch.Tensor], str]:
 
 
 @pytest.mark.parametrize("prefix", ["transformer.", "diffusion_model.", "lora_unet_"])
-@pytest.mark.parametrize("name", tiny.TINY)
+@pytest.mark.parametrize("name", tiny.CLASSES)
 def test_lora_of_diffusers(model, name, prefix):
     plain, (weights, key) = model(name), lora(name, prefix)
     patched = comfy.sd.load_lora_for_models(plain, None, weights, 0.7, 0.0)[0]
@@ -213,7 +213,7 @@ def load_merged(name, weights, key):
         own.copy_(kept)
 
 
-@pytest.mark.parametrize("name", tiny.TINY)
+@pytest.mark.parametrize("name", tiny.CLASSES)
 def test_weights_that_stay_offloaded(model, name):
     """As with too little memory: layers keep their weights on the offload device and cast them when they run, LoRA too."""
     patched = comfy.sd.load_lora_for_models(model(name), None, lora(name, "transformer.")[0], 0.7, 0.0)[0]
@@ -240,7 +240,7 @@ def test_a_copy_has_weights_of_its_own(model):
 
 
 def test_off_nodes_change_no_bit(model):
-    for name in tiny.TINY:
+    for name in tiny.CLASSES:
         off = run_node(TaylorCache, model=model(name), interval=1, level="output")[0]
         assert torch.equal(run(off, name, 2), run(model(name), name, 2))
 
