@@ -48,6 +48,7 @@ class Run:
         self.declined: Counter = Counter()
         self.histories: dict[Any, Forecast] = {}
         self.last_full: int | None = None
+        self.first: int | None = None  # step of the first call
         self.full = True
         self.kinds: list[str] = []
 
@@ -77,8 +78,12 @@ class Run:
         self.kinds.append("full" if self.full else "forecast")
 
     def _computes(self) -> bool:
+        if self.cache.interval < 2:
+            return True
+        self.first = self.step if self.first is None else self.first  # a second transformer takes over in the middle
+        since, last = self.step - self.first, None if self.last_full is None else self.last_full - self.first
         cadence = Cadence(self.cache.interval, self.cache.warmup, self.cache.tail_full)
-        return self.cache.interval < 2 or cadence.computes(self.step, self.step, len(self.timesteps), self.last_full)
+        return cadence.computes(self.step, since, len(self.timesteps), last)
 
     def history(self, key: Any) -> Forecast:
         """What is kept under a key: the number of the transformer call in its step, what it is called with, the stream."""
