@@ -40,19 +40,33 @@ def frame(model, x):
     return (1, *patched(x, square(model.config.patch_size))[1:])
 
 
-def alone(*calls):
+def alone(*calls, per_token=None):
     """Blocks with the image tokens as their only stream."""
-    return Blocks("transformer_blocks", ("img",), "double_block", calls)
+    return Blocks("transformer_blocks", ("img",), "double_block", calls, per_token=per_token)
 
 
-def both(*calls, path="transformer_blocks", replace="double_block"):
+def both(*calls, path="transformer_blocks", replace="double_block", per_token=None):
     """Blocks with image and text as streams apart."""
-    return Blocks(path, ("img", "txt"), replace, calls)
+    return Blocks(path, ("img", "txt"), replace, calls, per_token=per_token)
+
+
+IMAGE_MLP = {"transformer_blocks": ("ff",)}
+BOTH_MLPS = {"transformer_blocks": ("ff", "ff_context")}  # in Flux, a single block's MLP is fused with its projections
+NOTHING: dict[str, tuple[int, int]] = {}  # no rotations, one time step: nothing beside the streams belongs to a token
 
 
 ARCHS = (
-    Arch("DiT (diffusers)", HOME, ("DiTTransformer2DModel",), (alone("self"),), images),
-    Arch("PixArt (diffusers)", HOME, ("PixArtTransformer2DModel",), (alone("self", "cross"),), images),
+    Arch(
+        "DiT (diffusers)", HOME, ("DiTTransformer2DModel",), (alone("self", per_token=NOTHING),), images, mlps=IMAGE_MLP
+    ),
+    Arch(
+        "PixArt (diffusers)",
+        HOME,
+        ("PixArtTransformer2DModel",),
+        (alone("self", "cross", per_token=NOTHING),),
+        images,
+        mlps=IMAGE_MLP,
+    ),
     Arch(
         "Sana (diffusers)", HOME, ("SanaTransformer2DModel",), (alone("cross"),), images, limits={"attention": LINEAR}
     ),
@@ -77,7 +91,14 @@ ARCHS = (
         limits={"blocks": ALTERNATE},
         notes="Served where it attends within a frame; attention between frames is over 16 tokens at most.",
     ),
-    Arch("LTX-Video (diffusers)", HOME, ("LTXVideoTransformer3DModel",), (alone("self", "cross"),), pixels),
+    Arch(
+        "LTX-Video (diffusers)",
+        HOME,
+        ("LTXVideoTransformer3DModel",),
+        (alone("self", "cross"),),
+        pixels,
+        mlps=IMAGE_MLP,
+    ),
     Arch(
         "Flux (diffusers)",
         HOME,
@@ -85,14 +106,16 @@ ARCHS = (
         (both("joint"), both("joint", path="single_transformer_blocks", replace="single_block")),
         packed,
         "prefix",
+        mlps=BOTH_MLPS,
     ),
     Arch(
         "Stable Diffusion 3 (diffusers)",
         HOME,
         ("SD3Transformer2DModel",),
-        (both("joint", "self"),),
+        (both("joint", "self", per_token=NOTHING),),
         images,
         "suffix",
+        mlps=BOTH_MLPS,
         notes="The last block returns no text.",
     ),
     Arch(
@@ -101,5 +124,6 @@ ARCHS = (
         ("WanTransformer3DModel",),
         (Blocks("blocks", ("img",), "double_block", ("self", "cross")),),
         volumes,
+        mlps={"blocks": ("ffn",)},
     ),
 )

@@ -46,12 +46,8 @@ def crossed(_, x: torch.Tensor, t: torch.Tensor, c: Conditions) -> dict[str, Any
 
 
 def sana(model, x: torch.Tensor, t: torch.Tensor, c: Conditions) -> dict[str, Any]:
-    """Sana and Sana Video: distilled ones take the guidance, scaled as in training."""
-    scale = getattr(model.config, "timestep_scale", 1.0)
-    guidance = c.get("guidance")
-    if guidance is not None:
-        guidance = guidance * model.config.guidance_embeds_scale
-    return {**crossed(model, x, t * scale, c), "guidance": guidance}
+    """Sana and Sana Video."""
+    return crossed(model, x, t * getattr(model.config, "timestep_scale", 1.0), c)
 
 
 def latte(model, x: torch.Tensor, t: torch.Tensor, c: Conditions) -> dict[str, Any]:
@@ -63,7 +59,18 @@ def latte(model, x: torch.Tensor, t: torch.Tensor, c: Conditions) -> dict[str, A
 
 
 def cogvideox(model, x: torch.Tensor, t: torch.Tensor, c: Conditions) -> dict[str, Any]:
-    """x [B, C, T, H, W]; the class has frames first."""
+    """x [B, C, T, H, W]; the class has frames first. Version 1.5 joins frames; 2B has places for one length of text."""
+    config, frames, length = model.config, x.shape[2], c["cross_attn"].shape[1]
+    if frames % (config.patch_size_t or 1):
+        raise ValueError(
+            f"This CogVideoX joins {config.patch_size_t} latent frames in a token, and the latent has {frames}. Set a length that "
+            f"gives {frames + 1}."
+        )
+    if not config.use_rotary_positional_embeddings and length != config.max_text_seq_length:
+        raise ValueError(
+            f"This CogVideoX takes a text of {config.max_text_seq_length} tokens, and this CONDITIONING has {length}. Encode the "
+            "prompt padded to that length."
+        )
     return {
         "hidden_states": x.transpose(1, 2),
         "timestep": t,

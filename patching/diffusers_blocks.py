@@ -12,22 +12,9 @@ from comfy.ldm.modules import attention as core
 
 from .. import archs
 from .diffusers_processors import serve
+from .diffusers_streams import OURS, RETURNS, THEIRS
 
 running: ContextVar[dict[str, Any] | None] = ContextVar("tessera_bridged", default=None)  # transformer_options
-OURS = {"hidden_states": "img", "encoder_hidden_states": "txt", "temb": "vec"}  # as hooks of core's models know them
-THEIRS = {ours: theirs for theirs, ours in OURS.items()}
-IMAGE, IMAGE_TEXT, TEXT_IMAGE = ("img",), ("img", "txt"), ("txt", "img")
-RETURNS = {  # class of a block -> the streams that it returns, in order
-    "BasicTransformerBlock": IMAGE,
-    "SanaTransformerBlock": IMAGE,
-    "SanaVideoTransformerBlock": IMAGE,
-    "LTXVideoTransformerBlock": IMAGE,
-    "WanTransformerBlock": IMAGE,
-    "CogVideoXBlock": IMAGE_TEXT,
-    "FluxTransformerBlock": TEXT_IMAGE,
-    "FluxSingleTransformerBlock": TEXT_IMAGE,
-    "JointTransformerBlock": TEXT_IMAGE,
-}
 
 
 def offer(model: torch.nn.Module, arch: archs.Arch) -> None:

@@ -2,14 +2,19 @@
 from a hub and nothing is run. A refusal is one sentence with the file's name."""
 
 import json
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
+from ..methods.files.finite import sample
+from ..methods.files.header import read_header
+from ..methods.files.place import shown
+
+log = logging.getLogger("tessera")
 CONFIG, INDEX = "config.json", ".safetensors.index.json"
 SUFFIX = ".safetensors"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
@@ -82,10 +87,11 @@ def read_config(chosen: Path, known: Iterable[str]) -> tuple[str, dict[str, Any]
         name = OLD.get(str(config.get("norm_type")), name)
     if name not in tuple(known):
         raise ValueError(f"{_told(path)} is for {name}, which is not bridged. Bridged are {', '.join(sorted(known))}.")
-    for key, value in config.items():
+    for key, entry in config.items():
         most = MOST_LAYERS if "layers" in key else MOST_SIZE
-        if type(value) is int and abs(value) > most:
-            raise ValueError(f"{_told(path)} says {key} {value}, more than {most}. Download it again.")
+        for value in entry if isinstance(entry, list) else [entry]:
+            if type(value) in (int, float) and not abs(value) <= most:
+                raise ValueError(f"{_told(path)} says {key} {value}, beyond {most}. Download it again.")
     return str(name), config
 
 
@@ -138,35 +144,36 @@ def _shards(index: Path) -> list[Path]:
 def read_tensors(
     files: list[Path], wanted: Mapping[str, torch.Size], ignored: Iterable[str] = ()
 ) -> dict[str, torch.Tensor]:
-    """Tensors of these keys and shapes from all files together. ValueError where a key is missing, unknown, doubled, of
-    another shape or no floating point; keys with a part among `ignored` are left out."""
-    found: dict[str, torch.Tensor] = {}
-    for path in files:
-        with _opened(path) as file:
-            for key in file.keys():  # noqa: SIM118 - no mapping
-                if key not in wanted and any(part in key for part in ignored):
-                    continue
-                if key not in wanted or key in found:
-                    why = "a second time" if key in found else "and this class has no such weight"
-                    raise ValueError(f"{_told(path)} holds {key} {why}. Download it with its own config.")
-                shape = file.get_slice(key).get_shape()
-                if tuple(shape) != tuple(wanted[key]):
-                    raise ValueError(f"{_told(path)}: {key} is {shape}, but its config makes it {[*wanted[key]]}.")
-                found[key] = file.get_tensor(key)
-                if not found[key].is_floating_point():
-                    kind = str(found[key].dtype)[6:]
-                    raise ValueError(f"{_told(path)}: {key} holds {kind} and not floating point. Download it in bf16.")
-    lost = sorted(wanted.keys() - found.keys())
+    """Tensors of these keys and shapes from all files together, mapped and not copied. ValueError where a key is missing,
+    unknown, doubled, of another shape or no floating point, before a tensor is touched; keys with a part among `ignored`
+    are left out."""
+    headers, places = [read_header(path) for path in files], {}
+    for header in headers:
+        for key, entry in header.tensors.items():
+            if key not in wanted and any(part in key for part in ignored):
+                continue
+            if key not in wanted or key in places:
+                why = "a second time" if key in places else "and this class has no such weight"
+                raise ValueError(f"{_told(header.path)} holds {shown(key)} {why}. Download it with its own config.")
+            if entry.shape != tuple(wanted[key]):
+                made = [*wanted[key]]
+                raise ValueError(f"{_told(header.path)}: {key} is {[*entry.shape]}, but its config makes it {made}.")
+            if not entry.dtype.is_floating_point:
+                kind = str(entry.dtype)[6:]
+                raise ValueError(
+                    f"{_told(header.path)}: {key} holds {kind} and not floating point. Download it in bf16."
+                )
+            places[key] = header
+    lost = sorted(wanted.keys() - places.keys())
     if lost:
-        raise ValueError(
-            f"{_told(files[-1])} lacks {lost[0]}{f' and {len(lost) - 1} more' if len(lost) > 1 else ''}. Download it again."
-        )
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise ValueError(f"{_told(files[-1])} lacks {lost[0]}{more}. Download it again.")
+    found = {}
+    for header in headers:
+        data = header.map()
+        for key, entry in header.tensors.items():
+            if places.get(key) is header:
+                found[key] = data.tensor(entry.start, entry.stop, entry.dtype, entry.shape)
+                if not sample(found[key]):
+                    log.warning("%s: %s holds numbers that are not finite.", _told(header.path), key)
     return found
-
-
-def _opened(path: Path):
-    """The one place where a file of weights is opened."""
-    try:
-        return safe_open(str(path), "pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{_told(path)} is damaged or no safetensors file ({error}). Download it again.") from error

@@ -71,6 +71,12 @@ def build(kind: type, row: Row, config: dict[str, Any]) -> Any:
     not take."""
     names = inspect.signature(kind.__init__).parameters
     given = {key: value for key, value in config.items() if key in names and not key.startswith("_")}
+    for key, value in given.items():
+        several = isinstance(names[key].default, tuple | list)
+        if isinstance(value, dict) or (isinstance(value, list) and not several):
+            raise ValueError(
+                f"{kind.__name__} takes one value for {key}, and config.json has {value!r:.80}. Download it again."
+            )
     derived = type(kind.__name__, (Bridge, kind), {"bridged": kind, "row": row, "__module__": __name__})
     try:
         with unplaced():
@@ -118,7 +124,10 @@ def unplaced():
 def latents_of(name: str, row: Row, config: dict[str, Any], autoencoder: dict[str, Any] | None):
     """The latent format. An autoencoder's config beside the model tells its scale. ValueError where nothing tells."""
     latents, channels = row.latents(config), config["in_channels"] // row.channels
-    scale = None if autoencoder is None else autoencoder.get("scaling_factor")
+    scale, shift = ((autoencoder or {}).get(key) for key in ("scaling_factor", "shift_factor"))
+    for value, least in ((scale, 0), (shift, -100)):
+        if value is not None and (type(value) not in (int, float) or not least < value < 100):
+            raise ValueError(f"vae/config.json says {value!r} for the scale of its latents. Download it again.")
     if latents is None and name == "PixArtTransformer2DModel" and scale is not None:
         latents = row.latents({**config, "sample_size": 128, "use_additional_conditions": scale == 0.18215})
     if latents is None:
@@ -132,6 +141,8 @@ def latents_of(name: str, row: Row, config: dict[str, Any], autoencoder: dict[st
         )
     if scale is not None and hasattr(latents, "scale_factor") and latents.scale_factor != 1.0:
         latents.scale_factor = scale
+    if shift is not None and hasattr(latents, "shift_factor"):
+        latents.shift_factor = shift
     return latents
 
 

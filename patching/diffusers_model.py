@@ -13,8 +13,10 @@ import torch
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 
 from .diffusers_blocks import running
+from .diffusers_processors import keep_eager
 from .diffusers_sampling import Noise, install
 from .diffusers_table import Row
+from .run import find_options
 
 REFUSED = {  # keys of CONDITIONING that would be lost on every bridged class
     "concat_latent_image": "an image to start from",
@@ -107,6 +109,11 @@ class BridgedModel(comfy.model_base.HiDream):
         self.diffusion_model = diffusion_model
         comfy.model_management.archive_model_dtypes(diffusion_model)
 
+    def apply_model(self, *args, **kwargs):
+        if any("torch.compile" in keys for keys in find_options(args, kwargs).get("wrappers", {}).values()):
+            keep_eager(self.diffusion_model)
+        return super().apply_model(*args, **kwargs)
+
     def process_timestep(self, timestep, **_):
         """Timesteps of flows as the class counts them, whether the MODEL's sampling node counts to 1 or to 1,000."""
         if self.flows:
@@ -130,7 +137,7 @@ class BridgedModel(comfy.model_base.HiDream):
         noise, found = kwargs["noise"], {}
         for key, asked in row.takes.items():
             wanted = asked == "" or (asked is not None and bool(config[asked]))
-            value = self._size(noise, kwargs) if key == "size" else kwargs.get(key)
+            value = self._size(noise, kwargs) if key == "size" else kwargs.get(key, row.assumed.get(key))
             if value is None and wanted:
                 raise ValueError(f"{name} needs {WORDS[key]}.")
             if value is not None and (wanted or asked is None):
@@ -160,6 +167,5 @@ WORDS = {
     "cross_attn": "a prompt. Connect its text encoder's CONDITIONING",
     "pooled_output": "a pooled text (pooled_output), which this CONDITIONING lacks. Encode with CLIP as well as T5",
     "class_label": "a class. Connect Class Label to positive and negative",
-    "guidance": "a guidance value. Add FluxGuidance to the CONDITIONING",
     "size": "a size",
 }

@@ -87,6 +87,14 @@ def serve(model: torch.nn.Module, attend: Attend) -> int:
     return count
 
 
+def keep_eager(model: torch.nn.Module) -> None:
+    """Keeps served processors out of graphs that torch.compile makes: resuming in a function of exchanged names fails."""
+    for module in model.modules():
+        kind = type(module.get_processor()) if hasattr(module, "get_processor") else None
+        if getattr(kind, "plain", None) is not None and not getattr(kind, "eager", False):
+            kind.__call__, kind.eager = torch.compiler.disable(kind.__call__), True
+
+
 def restore(model: torch.nn.Module) -> None:
     """Puts back the processors that `serve` replaced."""
     for module in model.modules():

@@ -9,7 +9,7 @@ import comfy.model_base
 import comfy.model_sampling
 import torch
 
-STEPS = 1000
+STEPS, MOST_STEPS = 1000, 100_000
 
 
 @dataclass(frozen=True)
@@ -79,30 +79,40 @@ def noise_of(schedule: Mapping[str, Any], where: str) -> Noise:
     if "FlowMatch" in str(schedule.get("_class_name")) or schedule.get("use_flow_sigmas"):
         prediction = "flow_prediction"
     if prediction == "flow_prediction":
-        return _flow(schedule)
+        return _flow(schedule, where)
     kinds = {"epsilon": comfy.model_base.ModelType.EPS, "v_prediction": comfy.model_base.ModelType.V_PREDICTION}
-    if prediction not in kinds:
+    if prediction not in tuple(kinds):
         raise ValueError(
             f"{where} says prediction_type {prediction!r}; epsilon, v_prediction and flow_prediction are known."
         )
-    return Noise(
-        kinds[prediction], alphas_of(schedule, where), {"timesteps": schedule.get("num_train_timesteps", STEPS)}
-    )
+    try:
+        alphas = alphas_of(schedule, where)
+    except (TypeError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{where} makes no noise levels ({type(error).__name__}). Download it again.") from error
+    falls = alphas.numel() > 1 and bool((alphas.diff() < 0).all())
+    if not falls or not 0 <= float(alphas[-1]) < float(alphas[0]) <= 1:  # NaN passes no comparison
+        raise ValueError(f"{where} makes noise levels that do not rise from picture to noise. Download it again.")
+    return Noise(kinds[prediction], alphas, {"timesteps": len(alphas)})
 
 
-def _flow(schedule: Mapping[str, Any]) -> Noise:
+def _flow(schedule: Mapping[str, Any], where: str) -> Noise:
     """A fixed shift; or the one that a size-dependent shift has at its largest, as core's Flux, whose model sampling
     nodes then apply."""
     shift = schedule.get("flow_shift", schedule.get("shift", 1.0))
-    if schedule.get("use_dynamic_shifting"):
-        largest = float(schedule.get("max_shift") or shift)
-        return Noise(comfy.model_base.ModelType.FLUX, None, {"shift": largest})
+    sized = bool(schedule.get("use_dynamic_shifting"))
+    shift = (schedule.get("max_shift") or shift) if sized else shift
+    if type(shift) not in (int, float) or not 0 < shift < 100:
+        raise ValueError(f"{where} says a shift of {shift!r}, which is no number between 0 and 100. Download it again.")
+    if sized:
+        return Noise(comfy.model_base.ModelType.FLUX, None, {"shift": float(shift)})
     return Noise(comfy.model_base.ModelType.FLOW, None, {"shift": float(shift), "multiplier": 1000})
 
 
 def alphas_of(schedule: Mapping[str, Any], where: str) -> torch.Tensor:
     """prod (1 - beta) [steps], shifted in SNR and stretched to zero SNR where asked."""
     steps, kind = schedule.get("num_train_timesteps", STEPS), schedule.get("beta_schedule", "linear")
+    if type(steps) is not int or not 1 < steps <= MOST_STEPS:
+        raise ValueError(f"{where} says num_train_timesteps {steps!r}, not 2 to {MOST_STEPS}. Download it again.")
     start, end = schedule.get("beta_start", 1e-4), schedule.get("beta_end", 0.02)
     if schedule.get("trained_betas") is not None:
         betas = torch.tensor(schedule["trained_betas"], dtype=torch.float32)

@@ -57,6 +57,9 @@ class Row:
     memory: float = 1.0  # core's memory_usage_factor
     learned: bool = False  # may give a variance beside its prediction
     refuses: Mapping[str, Any] = field(default_factory=dict)  # config entries that must have this value
+    assumed: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # conditions where CONDITIONING lacks them, as core has them
 
 
 def _pixart_latents(config: dict[str, Any]) -> formats.LatentFormat | None:
@@ -84,6 +87,7 @@ def _flux_schedule(config: dict[str, Any]) -> dict[str, Any]:
 
 TEXT = {"cross_attn": ""}
 MASKED = {**TEXT, "attention_mask": None}
+SPRINT = {"guidance_embeds": False}  # distilled for a sampler of its own, with timesteps that count otherwise
 VIDEO_PATCH = {"patch": lambda config: tuple(config["patch_size"])}
 
 TABLE = {
@@ -103,17 +107,19 @@ TABLE = {
         calls.sana,
         lambda _: flow(3.0),
         lambda _: SanaLatents(),
-        {**MASKED, "guidance": "guidance_embeds"},
+        MASKED,
         "caption_channels",
         memory=6.0,
+        refuses=SPRINT,
     ),
     "SanaVideoTransformer3DModel": Row(
         calls.sana,
         lambda _: flow(8.0),
         lambda config: formats.Wan21() if config["in_channels"] == 16 else None,
-        {**MASKED, "guidance": "guidance_embeds"},
+        MASKED,
         "caption_channels",
         memory=2.0,
+        refuses=SPRINT,
         **VIDEO_PATCH,
     ),
     "CogVideoXTransformer3DModel": Row(
@@ -123,7 +129,7 @@ TABLE = {
         TEXT,
         "text_embed_dim",
         answer=calls.frames_second,
-        patch=lambda config: (config["patch_size_t"] or 1, config["patch_size"], config["patch_size"]),
+        patch=lambda config: (1, config["patch_size"], config["patch_size"]),
         memory=2.0,
     ),
     "LatteTransformer3DModel": Row(
@@ -159,6 +165,7 @@ TABLE = {
         channels=4,
         times=1,
         memory=3.1,
+        assumed={"guidance": 3.5},
     ),
     "SD3Transformer2DModel": Row(
         calls.sd3,

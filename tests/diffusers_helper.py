@@ -1,7 +1,7 @@
 """Tiny random transformers of diffusers, saved as their releases are, and diffusers' own denoising with them."""
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,13 +75,31 @@ TINY = {
          "rope_max_seq_len": 32}, (16, 3, 4, 6), FLOW,
     ),
 }  # fmt: skip
+VARIANTS = {  # what other configs of these classes change: "class:variant"
+    "CogVideoXTransformer3DModel:2b": {"use_rotary_positional_embeddings": False},
+    "CogVideoXTransformer3DModel:1.5": {"patch_size_t": 2, "sample_frames": 13, "patch_bias": False},
+    "FluxTransformer2DModel:schnell": {"guidance_embeds": False},
+    "PixArtTransformer2DModel:sigma": {"use_additional_conditions": False, "interpolation_scale": 2},
+    "SanaTransformer2DModel:4k": {"interpolation_scale": 2, "qk_norm": "rms_norm_across_heads", "timestep_scale": 0.5},
+    "SD3Transformer2DModel:3.0": {"dual_attention_layers": (), "qk_norm": None},
+    "WanTransformer3DModel:2.2": {"in_channels": 48, "out_channels": 48},
+}
+TINY |= {
+    name: replace(
+        TINY[name.split(":")[0]],
+        config={**TINY[name.split(":")[0]].config, **changes},
+        latent=(48, 3, 4, 6) if "2.2" in name else (16, 4, 4, 6) if "1.5" in name else TINY[name.split(":")[0]].latent,
+    )
+    for name, changes in VARIANTS.items()
+}
+CLASSES = [name for name in TINY if name not in VARIANTS]
 SIGMAS = [1.0, 0.8, 0.5, 0.2]  # of flows; 0 follows
 
 
 @functools.cache
 def plain(name: str) -> Any:
     """The class with weights that keep activations near unit size, in fp32; matrices N(0, 1 / fan-in)."""
-    model = getattr(diffusers, name)(**TINY[name].config).eval().requires_grad_(False)
+    model = getattr(diffusers, name.split(":")[0])(**TINY[name].config).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(len(name))
     for key, value in model.state_dict().items():
         if key.endswith("pos_embed") or "pos_embed." in key:
@@ -94,7 +112,7 @@ def plain(name: str) -> Any:
 
 def save(name: str, root: Path, **how: Any) -> Path:
     """A folder below `root` as a release has it, the model in `transformer`."""
-    folder = root / name / "transformer"
+    folder = root / name.replace(":", "_") / "transformer"
     plain(name).save_pretrained(folder, **how)
     return folder
 
@@ -133,7 +151,7 @@ def scheduler(name: str, steps: int = 4) -> Any:
         made.set_timesteps(sigmas=SIGMAS)
     elif kind == V:
         made = diffusers.CogVideoXDDIMScheduler(
-            snr_shift_scale=1.0,
+            snr_shift_scale=3.0 if "2b" in name else 1.0,
             rescale_betas_zero_snr=True,
             prediction_type="v_prediction",
             timestep_spacing="trailing",
@@ -164,6 +182,11 @@ def predict(name: str, x: torch.Tensor, t: torch.Tensor, c: dict[str, torch.Tens
         return model(x, **common)[0].chunk(2, 1)[0]
     if name.startswith("CogVideoX"):
         frames, h, w = x.shape[2], x.shape[3] // 2, x.shape[4] // 2
+        if "2b" in name:
+            return model(x.permute(0, 2, 1, 3, 4), **common)[0].permute(0, 2, 1, 3, 4)
+        if "1.5" in name:
+            rope = get_3d_rotary_pos_embed(16, None, (h, w), frames // 2, grid_type="slice", max_size=(4, 4))
+            return model(x.permute(0, 2, 1, 3, 4), image_rotary_emb=rope, **common)[0].permute(0, 2, 1, 3, 4)
         # the trained grid is 4 x 4: a wider picture is fitted to its width and centred, so rows keep their distances
         high = round(4 / w * h)
         top = round((4 - high) / 2)
@@ -182,11 +205,12 @@ def predict(name: str, x: torch.Tensor, t: torch.Tensor, c: dict[str, torch.Tens
         common["timestep"] = common["timestep"] / 1000
         out = model(
             pipeline._pack_latents(x, batch, 16, h, w), img_ids=ids, txt_ids=torch.zeros(TOKENS, 3),
-            guidance=torch.full((batch,), 2.5), **common,
+            guidance=None if "schnell" in name else torch.full((batch,), 2.5), **common,
         )[0]  # fmt: skip
         return pipeline._unpack_latents(out, h * 8, w * 8, 8)
     if name.startswith("Wan"):
         common["encoder_hidden_states"] = torch.nn.functional.pad(c["cross_attn"], (0, 0, 0, 512 - TOKENS))
+    common["timestep"] = common["timestep"] * getattr(model.config, "timestep_scale", 1.0)
     return model(x, **common)[0]
 
 

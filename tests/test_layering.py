@@ -20,7 +20,6 @@ RULES = {  # folder: (pack folders it may import, outside packages besides the s
 EXTRA = {  # the bridge to another host
     "patching/diffusers.py": {"diffusers"},
     "patching/diffusers_arguments.py": {"diffusers"},
-    "patching/diffusers_files.py": {"safetensors"},
     "patching/diffusers_load.py": {"diffusers"},
 }
 FILES = [p for folder in RULES for p in sorted((ROOT / folder).rglob("*.py"))]

@@ -62,10 +62,10 @@ def run(model, name: str, change=None, hooks=None):
 
 
 def test_every_class_has_a_layout():
-    assert {name for home, name in all_archs() if home == "diffusers"} == set(tiny.TINY)
+    assert {name for home, name in all_archs() if home == "diffusers"} == set(tiny.CLASSES)
 
 
-@pytest.mark.parametrize("name", [name for name in tiny.TINY if name not in LINEAR])
+@pytest.mark.parametrize("name", [name for name in tiny.CLASSES if name not in LINEAR])
 def test_moved_patch_is_the_predicted_token(model, name):
     arch = find(model(name).model.diffusion_model)
     grid, before, _ = run(model, name)
@@ -79,7 +79,7 @@ def test_moved_patch_is_the_predicted_token(model, name):
     assert change.nonzero().flatten().tolist() == [found.image.start + index]
 
 
-@pytest.mark.parametrize("name", tiny.TINY)
+@pytest.mark.parametrize("name", tiny.CLASSES)
 def test_calls_of_a_block(model, name):
     """In the declared number and order; a text of 6 tokens, 512 for Wan, in cross-attention or beside the image."""
     dm = model(name).model.diffusion_model
@@ -100,7 +100,7 @@ def test_calls_of_a_block(model, name):
     assert len(outside) == (len(dm.temporal_transformer_blocks) if name.startswith("Latte") else 0)
 
 
-@pytest.mark.parametrize("name", tiny.TINY)
+@pytest.mark.parametrize("name", tiny.CLASSES)
 def test_hooks_around_blocks(model, name):
     """One that passes on changes no bit, in the declared order; blocks that are passed over do not run."""
     dm, seen = model(name).model.diffusion_model, []
@@ -123,6 +123,44 @@ def test_hooks_around_blocks(model, name):
     _, left, skipped = run(model, name, hooks=skipping)
     assert not [c for c in left if c[0] != "temporal"] and not torch.equal(skipped, plain)
     assert torch.equal(run(model, name)[2], plain)
+
+
+@pytest.mark.parametrize("name", tiny.CLASSES)
+def test_blocks_know_no_places_where_it_is_said(model, name):
+    """Where no argument beside the streams belongs to single tokens, a block on shuffled tokens gives its output
+    shuffled; rotations, convolutions and the like would tell."""
+    dm = model(name).model.diffusion_model
+    lists = [spec for spec in find(dm).blocks if spec.stack]
+    hooks = {}
+
+    def shuffled(args, extra):
+        order = torch.randperm(args["img"].shape[1], generator=torch.Generator().manual_seed(1))
+        out = extra["original_block"]({**args, "img": args["img"][:, order]})
+        return {**out, "img": out["img"][:, order.argsort()]}
+
+    for spec in lists:
+        for index, _ in enumerate(block_modules(dm, spec)):
+            hooks[spec.replace, index] = shuffled
+    plain, got = run(model, name)[2], run(model, name, hooks=hooks)[2]
+    apart = ((got - plain).norm() / plain.norm()).item()
+    known = all(spec.per_token is not None for spec in lists)
+    assert apart < 1e-5 if known else (apart > 1e-4 or name.startswith("Latte"))
+
+
+@pytest.mark.parametrize("name", tiny.CLASSES)
+def test_mlps_serve_each_token_alone(model, name):
+    dm = model(name).model.diffusion_model
+    arch = find(dm)
+    for spec in (spec for spec in arch.blocks if spec.stack):
+        for _, block in block_modules(dm, spec):
+            for path in arch.mlps.get(spec.path, ()):
+                mlp = getattr(block, path)
+                if mlp is None:  # of the text, in the last block of Stable Diffusion 3
+                    continue
+                x = torch.randn(2, 7, mlp.net[0].proj.in_features)
+                with torch.inference_mode():
+                    some, every = mlp(x[:, [1, 4]]), mlp(x)
+                assert every.shape == x.shape and torch.allclose(some, every[:, [1, 4]], atol=1e-6)
 
 
 def test_joined_latent_frames():

@@ -30,7 +30,9 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(root):
     made = {}
-    return lambda name: made.setdefault(name, LoadDiffusersModel.execute(f"{name}/transformer", "default")[0])
+    return lambda name: made.setdefault(
+        name, LoadDiffusersModel.execute(f"{name.replace(':', '_')}/transformer", "default")[0]
+    )
 
 
 def difference(got: torch.Tensor, want: torch.Tensor) -> float:
@@ -40,7 +42,7 @@ def difference(got: torch.Tensor, want: torch.Tensor) -> float:
 
 
 def test_every_row_is_tried():
-    assert set(TABLE) == set(tiny.TINY) and len(TABLE) >= 10
+    assert set(TABLE) == set(tiny.CLASSES) and len(TABLE) >= 10
 
 
 @pytest.mark.parametrize("name", tiny.TINY)
@@ -48,7 +50,7 @@ def test_as_diffusers_with_guidance(model, name):
     assert difference(tiny.sampled(model(name), name, cfg=2.0), tiny.reference(name, cfg=2.0)) < 1e-4
 
 
-@pytest.mark.parametrize("name", tiny.TINY)
+@pytest.mark.parametrize("name", tiny.CLASSES)
 def test_as_diffusers_in_a_batch(model, name):
     got, want = tiny.sampled(model(name), name, batch=2), tiny.reference(name, batch=2)
     assert difference(got, want) < 1e-4
@@ -74,7 +76,7 @@ def test_the_node_lists_what_it_can_load(root):
     (root / "FluxTransformer2DModel" / "vae").mkdir(exist_ok=True)
     (root / "FluxTransformer2DModel" / "vae" / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
     options = LoadDiffusersModel.define_schema().inputs[0].options
-    assert {f"{name}/transformer" for name in tiny.TINY} <= set(options)
+    assert {f"{name}/transformer" for name in tiny.CLASSES} <= set(options)
     assert not any("vae" in option for option in options)
     with pytest.raises(ValueError, match=r"^gone is in neither .* Choose another\.$"):
         LoadDiffusersModel.execute("gone", "default")
@@ -119,10 +121,23 @@ def refused(made, name, shape=None, **changes):
     return str(caught.value)
 
 
+def without(made, name, guidance):
+    """A sample with that guidance in its CONDITIONING, or none."""
+    text, extra = tiny.conditioning(name)[0]
+    extra = {k: v for k, v in {**extra, "guidance": guidance}.items() if v is not None}
+    cond, start = [[text, extra]], tiny.noise(name)
+    return comfy.sample.sample(
+        made, start, 1, 1.0, "euler", "simple", cond, cond, torch.zeros_like(start), disable_pbar=True, seed=0
+    )
+
+
 def test_conditions_that_do_not_fit(model):
     flux, dit, latte = "FluxTransformer2DModel", "DiTTransformer2DModel", "LatteTransformer3DModel"
     assert "needs a pooled text" in refused(model(flux), flux, pooled_output=None)
-    assert "needs a guidance value" in refused(model(flux), flux, guidance=None)
+    assert torch.equal(without(model(flux), flux, None), without(model(flux), flux, 3.5))  # as core's Flux
+    cog = "CogVideoXTransformer3DModel"
+    assert "a text of 6 tokens" in refused(model(f"{cog}:2b"), cog, cross_attn=torch.zeros(1, 5, 24))
+    assert "joins 2 latent frames in a token, and the latent has 3" in refused(model(f"{cog}:1.5"), cog)
     assert "width 24, and this CONDITIONING has 7" in refused(model(flux), flux, cross_attn=torch.zeros(1, 3, 7))
     assert "width 20, and this CONDITIONING has 4" in refused(model(flux), flux, pooled_output=torch.zeros(1, 4))
     assert "reference images" in refused(model(flux), flux, reference_latents=[torch.zeros(1, 16, 8, 8)])
@@ -142,7 +157,7 @@ def test_sides_that_no_patch_divides(model, name):
 
 
 def test_bfloat16(root, model):
-    for name in tiny.TINY:
+    for name in tiny.CLASSES:
         half = load(str(root / name / "transformer"), "bfloat16")
         assert half.model.get_dtype() == torch.bfloat16
         kept = getattr(half.model.diffusion_model.bridged, "_keep_in_fp32_modules", None) or ()

@@ -5,21 +5,27 @@ from collections import Counter
 import comfy.lora
 import comfy.model_management
 import comfy.sample
+import comfy.samplers
 import comfy.sd
 import diffusers_helper as tiny
 import pytest
 import torch
 from attention_helper import Exact, plan
+from comfy_extras.nodes_custom_sampler import Noise_RandomNoise
 from nodes_helper import facts, run_node, taylor
 
 from tessera import archs
 from tessera.nodes.attention.window_attention_3d import WindowAttention3d
+from tessera.nodes.cache.dynamic_grain import DynamicGrain
+from tessera.nodes.cache.dynamic_tokens import DynamicTokens
+from tessera.nodes.cache.region_adaptive_sampling import RegionAdaptiveSampling
 from tessera.nodes.cache.taylor_cache import TaylorCache
+from tessera.nodes.measure.compare import Compare
 from tessera.patching.diffusers_load import load
 
 LINEAR = ("SanaTransformer2DModel", "SanaVideoTransformer3DModel")
-SOFTMAX = [name for name in tiny.TINY if name not in LINEAR]
-STACKED = [name for name in tiny.TINY if not name.startswith("Latte")]
+SOFTMAX = [name for name in tiny.CLASSES if name not in LINEAR]
+STACKED = [name for name in tiny.CLASSES if not name.startswith("Latte")]
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +82,7 @@ def facts_of(model, name: str, level: str) -> dict:
     return facts(made)
 
 
-@pytest.mark.parametrize("name", tiny.TINY)
+@pytest.mark.parametrize("name", tiny.CLASSES)
 def test_taylor_cache_at_the_output(model, name):
     plain, made = run(model(name), name), taylor(model(name), level="output")
     assert 0 < error(run(made, name), plain) < 1 and facts(made)["forecast"] > 0
@@ -125,6 +131,47 @@ def test_attention_under_a_cache(model):
     assert facts(made, "Plan")["served"] == 4 * facts(made)["full"]
 
 
+def test_compare(model):
+    """The node's own sampling: what a cache saves on a bridged model, and that two plain ones are identical."""
+    name = "PixArtTransformer2DModel"
+    latent = {"samples": torch.zeros(1, *tiny.TINY[name].latent)}
+    inputs = {
+        "positive": tiny.conditioning(name), "negative": tiny.conditioning(name, seed=tiny.NEGATIVE), "latent": latent,
+        "noise": Noise_RandomNoise(3), "sampler": comfy.samplers.sampler_object("euler"), "repeats": 1, "decode": "none",
+        "sigmas": comfy.samplers.calculate_sigmas(model(name).get_model_object("model_sampling"), "simple", 8),
+    }  # fmt: skip
+    with torch.inference_mode():
+        same = run_node(Compare, model_a=model(name), model_b=model(name), **inputs)[3]
+        cached = run_node(Compare, model_a=model(name), model_b=taylor(model(name)), **inputs)[3]
+    assert same["identical"] and not cached["identical"] and cached["latent_error"] > 0
+
+
+TOKENS = ["DiTTransformer2DModel", "PixArtTransformer2DModel", "SD3Transformer2DModel", "LTXVideoTransformer3DModel",
+          "FluxTransformer2DModel", "WanTransformer3DModel"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_dynamic_tokens(model, name):
+    plain = run(model(name), name)
+    made = run_node(DynamicTokens, model=model(name), quantile=0.5, start_percent=0.0)[0]
+    assert run(made, name).isfinite().all() and 0 < error(run(made, name), plain) < 1
+    assert len({d["kind"] for d in facts(made, "Dynamic Tokens")["decisions"]}) == 2
+    every = run_node(DynamicTokens, model=model(name), quantile=0.0, start_percent=0.0)[0]
+    assert torch.equal(run(every, name), plain)
+
+
+@pytest.mark.parametrize("name", TOKENS[:3])
+def test_nodes_that_drop_and_merge_tokens(model, name):
+    """They act where blocks hold nothing else for single tokens, and refuse elsewhere."""
+    plain = run(model(name), name)
+    for node in (DynamicGrain, RegionAdaptiveSampling):
+        got = run(run_node(node, model=model(name))[0], name)
+        assert got.isfinite().all() and 0 < error(got, plain) < 1
+    for node in (DynamicGrain, RegionAdaptiveSampling):
+        with pytest.raises(ValueError, match="does not know"):
+            run_node(node, model=model("WanTransformer3DModel"))
+
+
 def lora(name: str, prefix: str) -> tuple[dict[str, torch.Tensor], str]:
     """A LoRA on the first linear layer of a block, and the layer's key."""
     keys = [k for k, v in tiny.plain(name).state_dict().items() if k.endswith("to_q.weight") and v.ndim == 2]
@@ -137,7 +184,7 @@ def lora(name: str, prefix: str) -> tuple[dict[str, torch.Tensor], str]:
 
 
 @pytest.mark.parametrize("prefix", ["transformer.", "diffusion_model.", "lora_unet_"])
-@pytest.mark.parametrize("name", tiny.TINY)
+@pytest.mark.parametrize("name", tiny.CLASSES)
 def test_lora_of_diffusers(model, name, prefix):
     plain, (weights, key) = model(name), lora(name, prefix)
     patched = comfy.sd.load_lora_for_models(plain, None, weights, 0.7, 0.0)[0]
@@ -166,7 +213,7 @@ def load_merged(name, weights, key):
         own.copy_(kept)
 
 
-@pytest.mark.parametrize("name", tiny.TINY)
+@pytest.mark.parametrize("name", tiny.CLASSES)
 def test_weights_that_stay_offloaded(model, name):
     """As with too little memory: layers keep their weights on the offload device and cast them when they run, LoRA too."""
     patched = comfy.sd.load_lora_for_models(model(name), None, lora(name, "transformer.")[0], 0.7, 0.0)[0]
@@ -193,6 +240,19 @@ def test_a_copy_has_weights_of_its_own(model):
 
 
 def test_off_nodes_change_no_bit(model):
-    for name in tiny.TINY:
+    for name in tiny.CLASSES:
         off = run_node(TaylorCache, model=model(name), interval=1, level="output")[0]
         assert torch.equal(run(off, name, 2), run(model(name), name, 2))
+
+
+def test_under_torch_compile(model):
+    """Graphs around the served attention; a cache goes on deciding at every step."""
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    name = "FluxTransformer2DModel"
+    plain, cached = run(model(name), name, 4), run(taylor(model(name), interval=2, warmup=1), name, 4)
+    compiled = model(name)
+    set_torch_compile_wrapper(compiled, backend="eager")
+    assert error(run(compiled, name, 4), plain) < 1e-5
+    both = taylor(compiled, interval=2, warmup=1)
+    assert error(run(both, name, 4), cached) < 1e-5 and facts(both)["forecast"] > 0
