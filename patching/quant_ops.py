@@ -71,6 +71,12 @@ class PackedLinear:
             found[f"{prefix}comfy_quant"] = mark(layout.described(self.weight))
         return found
 
+    def convert_weight(self, weight, inplace=False, **kwargs):
+        """Dense for core to patch: in fp32, so that the rounding of a half-precision sum does not hide a LoRA's low rank."""
+        if ours(weight) is None:
+            return super().convert_weight(weight, inplace=inplace, **kwargs)
+        return weight.to(dtype=torch.float32).dequantize()
+
     def set_weight(self, weight, inplace_update=False, seed=None, return_weight=False, **kwargs):
         """weight: dense and patched. What the patches added goes into the branch of the packed weight."""
         if getattr(self, "layout_type", None) not in LAYOUTS:
