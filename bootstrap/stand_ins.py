@@ -8,6 +8,8 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from gguf import GGMLQuantizationType, GGUFWriter
+from gguf.quants import quantize
 from pack import use_comfyui
 from tiny_models import state_dict
 from tiny_specs import SPECS, Spec
@@ -74,6 +76,20 @@ def linfusion(module: Any, folder: Path) -> Tensors:
     return random({f"{i}.{key}": shape for i, m in enumerate(modules) for key, shape in m.shapes().items()})
 
 
+def gguf_file(tensors: Tensors, path: Path) -> None:
+    """As ComfyUI-GGUF's converter writes FLUX: matrices in Q8_0, the rest in F32."""
+    writer = GGUFWriter(str(path), "flux")
+    for name, tensor in tensors.items():
+        array = tensor.float().numpy()
+        fits = array.ndim == 2 and array.shape[1] % 32 == 0 and "_in." not in name
+        kind = GGMLQuantizationType.Q8_0 if fits else GGMLQuantizationType.F32
+        writer.add_tensor(name, quantize(array, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def write(needs: list[dict[str, str]], models: Path, pack: Any) -> None:
     """Every file of these needs below a models folder; text encoders only by name. KeyError for one that has no
     stand-in. pack: the package object."""
@@ -94,4 +110,7 @@ def write(needs: list[dict[str, str]], models: Path, pack: Any) -> None:
     for weight in needs:
         path = models / weight["directory"] / weight["name"]
         path.parent.mkdir(parents=True, exist_ok=True)
-        safetensors.torch.save_file(makers[weight["name"]](path.parent), str(path))
+        if path.suffix == ".gguf":
+            gguf_file(state_dict(FLUX), path)
+        else:
+            safetensors.torch.save_file(makers[weight["name"]](path.parent), str(path))

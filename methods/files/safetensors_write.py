@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-import tempfile
+import secrets
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -32,8 +32,8 @@ class SafetensorsWriter:
 
     def __enter__(self) -> "SafetensorsWriter":
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        handle, self.part = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.stem}.", suffix=".part")
-        self.file = os.fdopen(handle, "wb")
+        self.part = self.path.parent / f".{self.path.stem}.{secrets.token_hex(6)}.part"
+        self.file = open(self.part, "xb")  # not mkstemp, whose files nobody else may read
         self.file.seek(8 + self.room)
         return self
 

@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ...methods.cache.profile_files import FOLDER, load, names
 from ...patching.cache_widgets import ProfileSocket
 
-CARRIED = Path(__file__).resolve().parents[2] / "models" / FOLDER  # for the digit models
+CARRIED = Path(__file__).resolve().parents[2] / "presets" / "profiles"  # for the digit models
 
 
 def every() -> list[str]:

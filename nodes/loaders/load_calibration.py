@@ -8,6 +8,8 @@ from ...methods.quant.calibration import load
 from ...patching.calibrate_quantization import FOLDER, lines_of
 from ...patching.quant_widgets import QuantizationSocket, saved
 
+CARRIED = Path(__file__).resolve().parents[2] / "presets" / "calibrations"
+
 
 class LoadCalibration(io.ComfyNode):
     @classmethod
@@ -19,8 +21,8 @@ class LoadCalibration(io.ComfyNode):
             description="Loads what Calibrate Quantization saved, for Quantize Model.",
             search_aliases=["activation statistics", "calibration data", "imatrix"],
             inputs=[
-                io.Combo.Input("calibration", options=saved(folder()),
-                    tooltip="A file in output/tessera_calibrations. Files put there appear after a refresh of the node list."),
+                io.Combo.Input("calibration", options=every(),
+                    tooltip="A file in output/tessera_calibrations, or the one for the digit image model that comes with the pack. Files put there appear after a refresh of the node list."),
             ],
             outputs=[
                 QuantizationSocket.Output(display_name="calibration", tooltip="For Quantize Model, of the model that it was made with."),
@@ -30,20 +32,30 @@ class LoadCalibration(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, calibration):
-        if calibration not in saved(folder()):
+        if calibration not in every():
             return calibration
-        stat = (folder() / calibration).stat()
+        stat = (folder(calibration) / calibration).stat()
         return hashlib.sha256(f"{calibration} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()
 
     @classmethod
     def execute(cls, calibration):
-        if calibration not in saved(folder()):
+        if calibration not in every():
             raise ValueError(
                 f"There is no calibration {calibration!r} in {FOLDER}. Make one with Calibrate Quantization."
             )
-        found = load(folder() / calibration)
+        found = load(folder(calibration) / calibration)
         return io.NodeOutput(found, "\n".join(lines_of(found)))
 
 
-def folder() -> Path:
+def own() -> Path:
     return Path(folder_paths.get_output_directory()) / FOLDER
+
+
+def every() -> list[str]:
+    """Names of the user's own calibrations and of the one that the pack carries."""
+    return sorted({*saved(own()), *saved(CARRIED)})
+
+
+def folder(calibration: str) -> Path:
+    """Where it lies; the user's own goes before one of the same name that the pack carries."""
+    return CARRIED if calibration in saved(CARRIED) and calibration not in saved(own()) else own()

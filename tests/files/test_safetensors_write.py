@@ -19,6 +19,8 @@ def test_others_read_it(tmp_path):
             out.add(name, tensor)
         with pytest.raises(ValueError, match="holds one already"):
             out.add("one", torch.ones(1))
+    (tmp_path / "plain").touch()
+    assert file.stat().st_mode == (tmp_path / "plain").stat().st_mode, "others may read it"
     found = load_file(file)
     assert found.keys() == wanted.keys() and read_header(file).metadata == {"who": "a test"}
     for name, tensor in wanted.items():
