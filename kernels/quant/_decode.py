@@ -17,18 +17,19 @@ MOST = 64  # columns of one part
 PARTS = {"table4": 2, "table3": 4, "int8": 1, "q4_0": 2, "q8_0": 1, "q4_k": 2, "q5_k": 2, "q6_k": 2}
 
 
-def constants(codec: str, group: int) -> dict[str, Any]:
-    """Compile-time arguments of the decoding functions. SUB steps make one unit of GROUP columns."""
+def constants(codec: str, group: int, least: int = 16) -> dict[str, Any]:
+    """Compile-time arguments of the decoding functions. SUB steps make one unit of GROUP columns; a part has at least so
+    many, as the matrix product asks for."""
     unit = GGUF_BLOCKS[codec][0] if codec in GGUF_BLOCKS else group
     run = 32 if unit == 256 and codec in GGUF_BLOCKS else unit // PARTS[codec]
-    br = min(MOST, max(16, 1 << (run - 1).bit_length()))
+    br = min(MOST, max(least, 1 << (run - 1).bit_length()))
     sub = 4 if codec in ("q4_k", "q5_k", "q6_k") else -(-run // br)
     return {"CODEC": codec, "GROUP": unit, "RUN": run, "BR": br, "SUB": sub, "PARTS": PARTS[codec]}
 
 
-def steps(codec: str, columns: int, group: int) -> int:
+def steps(codec: str, columns: int, group: int, least: int = 16) -> int:
     """Steps of one row."""
-    found = constants(codec, group)
+    found = constants(codec, group, least)
     return -(-columns // found["GROUP"]) * found["SUB"]
 
 
