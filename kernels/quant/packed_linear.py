@@ -162,6 +162,7 @@ def aot_specs() -> list[dict]:
                 "tag": f"{codec} group {group} rows {rows} {bits} bits",
             }
             spec["unaligned"] = ("M", "N", "STEPS", "SPAN", "sb", *(("db",) if gguf else ()))
+            spec["expect"] = {"sm90": "HGMMA", "gfx942": "mfma"} if bits == 16 and rows > FEW else {}
             spec["extra"] = (codec, group, bits, rows) != ("table4", 64, 16, 2 * SOME)
 
             def const(tile, codec=codec, group=group, split=split):
