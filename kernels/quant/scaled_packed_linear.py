@@ -11,13 +11,13 @@ import torch
 
 from .. import _config
 from .._triton import on_gpu, tl, triton
-from ._decode import bytes_of, codes_of, columns_of, constants, looked_up, pointers, steps, table_of
+from ._decode import bytes_of, codes_of, columns_of, constants, looked_up, pointers, rows_of, steps, table_of, units
 from ._specs import Spec, configured
 from .packed import TABLE_BITS, Packed, unpack_codes
 from .scaled_linear import check_scales, integer_product
 
-SIZES = ["M", "N", "K", "STEPS", "xm", "db", "sb"]
-_jit = triton.jit(do_not_specialize=["M", "N", "STEPS"]) if hasattr(triton, "__version__") else triton.jit
+SIZES = ["M", "N", "K", "STEPS", "xm", "units", "sb"]
+_jit = triton.jit(do_not_specialize=["M", "N", "STEPS", "sb"]) if hasattr(triton, "__version__") else triton.jit
 CODECS = (*TABLE_BITS, "int8")
 LEAST = 32  # columns of one product of int8
 FEW, MANY = 16, 128  # rows: widths in kernels/configs
@@ -85,15 +85,15 @@ def _fake(x, x_scale, data, scale, table, bias, codec, columns, group, dtype):
 
 @_jit
 def scaled_packed_product(
-    X, XS, DATA, SCALE, TABLE, BIAS, OUT, M, N, K, STEPS, xm, db, sb, CODEC: tl.constexpr, GROUP: tl.constexpr,
+    X, XS, DATA, SCALE, TABLE, BIAS, OUT, M, N, K, STEPS, xm, units, sb, CODEC: tl.constexpr, GROUP: tl.constexpr,
     RUN: tl.constexpr, BR: tl.constexpr, SUB: tl.constexpr, PARTS: tl.constexpr, BIASED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """BM x BN of the result, formed as its transpose, as in _product.py."""
     rm = tl.program_id(1) * BM + tl.arange(0, BM)
-    n = (tl.program_id(0) * BN + tl.arange(0, BN))[:, None]
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
     live, live_m = n < N, (rm < M)[None, :]
-    row, scale_row = DATA + n.to(tl.int64) * db, SCALE + n.to(tl.int64) * sb
+    row, scale_row = rows_of(DATA, n, units, CODEC, RUN), SCALE + n.to(tl.int64) * sb
     x_row = X + rm.to(tl.int64)[None, :] * xm
     table = table_of(TABLE, CODEC).to(tl.int32)
     acc = tl.zeros([BN, BM], tl.float32)
@@ -107,12 +107,13 @@ def scaled_packed_product(
             if CODEC != "int8":
                 w = looked_up(table, w)
             total = tl.dot(w.to(tl.int8), x, total, out_dtype=tl.int32)
-        acc += total.to(tl.float32) * tl.load(scale_row + step // SUB, mask=live, other=0.0).to(tl.float32)
+        gain = tl.load(scale_row + step // SUB, mask=live, other=0.0).to(tl.float32)
+        acc += total.to(tl.float32) * gain[:, None]
     acc = acc * tl.load(XS + rm, mask=rm < M, other=0.0).to(tl.float32)[None, :]
     if BIASED:
-        acc += tl.load(BIAS + n, mask=live, other=0.0).to(tl.float32)
-    at = OUT + rm.to(tl.int64)[None, :] * N + n
-    tl.store(at, acc.to(OUT.dtype.element_ty), mask=live & live_m)
+        acc += tl.load(BIAS + n, mask=live, other=0.0).to(tl.float32)[:, None]
+    at = OUT + rm.to(tl.int64)[None, :] * N + n[:, None]
+    tl.store(at, acc.to(OUT.dtype.element_ty), mask=live[:, None] & live_m)
 
 
 @on_gpu(scaled_packed_linear)
@@ -141,7 +142,7 @@ def launch(
         data, scale, table = pointers(data, scale, table)
         scaled_packed_product[(triton.cdiv(n, bn), triton.cdiv(m, bm))](
             x, x_scale.contiguous(), data, scale, table, x_scale if bias is None else bias.contiguous(), out, m, n,
-            columns, steps(codec, columns, group, LEAST), x.stride(0), data.shape[1], scale.shape[1],
+            columns, steps(codec, columns, group, LEAST), x.stride(0), units(codec, columns, group), scale.shape[1],
             **constants(codec, group, LEAST), BIASED=bias is not None, BM=bm, BN=bn, num_warps=tuned["warps"],
             num_stages=tuned["stages"],
         )  # fmt: skip
@@ -174,7 +175,8 @@ def aot_specs() -> list[dict]:
         for rows in (FEW, MANY):
             spec: Spec = {"kernel": "scaled_packed_product", "args": args, "tag": f"{codec} group {group} rows {rows}"}
             spec["expect"] = {"sm90": "IGMMA", "gfx942": "mfma"} if rows == MANY else {}
-            spec |= {"unaligned": ("M", "N", "STEPS", "sb"), "extra": (codec, group, rows) != ("table4", 64, MANY)}
+            spec["unaligned"] = ("M", "N", "STEPS", "sb", *(("units",) if codec != "int8" else ()))
+            spec["extra"] = (codec, group, rows) != ("table4", 64, MANY)
 
             def const(tile, codec=codec, group=group):
                 return constants(codec, group, LEAST) | {"BIASED": True, "BM": tile[0], "BN": tile[1]}
