@@ -69,6 +69,16 @@ def test_spills_are_refused():
     assert done.returncode == 1 and "REFUSED spills" in done.stdout, done.stderr[-2000:]
 
 
+def test_an_empty_kernel_is_refused():
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'bench')!r}); import aot; "
+        "row = {'target': 'sm100', 'spills': 0, 'shared': 0, 'instructions': {}}; "
+        "print(*(repr(aot._refusal(row | {'registers': n}, None)) for n in (4, 16)), sep=chr(10))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["'takes 4 registers: the compiler has dropped its work'", "''"], done.stderr
+
+
 def test_interpreter_is_refused():
     done = run(TRITON_INTERPRET="1")
     assert done.returncode == 2 and "Unset TRITON_INTERPRET" in done.stderr
