@@ -70,6 +70,7 @@ NVIDIA = {
     "LDGSTS": r"\bLDGSTS",
     "UTMALDG": r"\bUTMALDG",
 }
+FEWEST = 8  # registers on NVIDIA: a kernel that the compiler takes for undefined comes out empty, without an error
 AMD = {"mfma": r"v_mfma_", "wmma": r"v_wmma_", "buffer_load": r"buffer_load_", "scratch": r"scratch_(load|store)"}
 
 
@@ -204,6 +205,8 @@ def _count(classes: dict[str, str], text: str) -> dict[str, int]:
 def _refusal(row: Row, expect: str | None) -> str:
     if row["spills"]:
         return f"spills {row['spills']}"
+    if row["target"].startswith("sm") and row["registers"] < FEWEST:
+        return f"takes {row['registers']} registers: the compiler has dropped its work"
     if row["shared"] > SHARED[row["target"]]:
         return f"takes {row['shared']} bytes of shared memory, {row['target']} has {SHARED[row['target']]}"
     if expect and not re.search(expect, " ".join(row["instructions"])):

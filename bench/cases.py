@@ -9,6 +9,7 @@ from typing import Any
 import attention_methods
 import operators
 import papers
+import quantized
 import rivals
 import torch
 from case import Case
@@ -56,5 +57,6 @@ def all_cases(device: str) -> Iterator[Case]:
     yield from kernel_cases(device)
     yield from operators.operator_cases(device)
     yield from papers.cases(device)
+    yield from quantized.cases(device)
     yield from operators.method_cases(device)
     yield from attention_methods.cases(device)

@@ -145,6 +145,49 @@ def ssd(inputs: tuple, device: str) -> Rivals:
     return _with_fla(found, ours, inputs)
 
 
+def rotate(inputs: tuple, device: str) -> Rivals:
+    """The product with the matrix itself."""
+    from tessera.kernels.quant._hadamard import turned
+
+    x, signs, block = inputs
+    matrix = turned(torch.eye(block, device=device), block, "regular").to(x.dtype)
+    return Rivals({"dense matrix": lambda: ((x * signs).unflatten(-1, (-1, block)) @ matrix).flatten(-2)}, None, True)
+
+
+def quantize_rows(inputs: tuple, device: str) -> Rivals:
+    """Rotation and rounding one after the other; comfy_kitchen's way to do both, where it runs."""
+    from tessera.kernels.quant import quantize_rows as ours
+    from tessera.kernels.quant._hadamard import turned
+
+    x, format, *_, block = inputs
+    matrix = turned(torch.eye(block, device=device), block, "regular").to(x.dtype)
+
+    def plain():
+        y = (x.unflatten(-1, (-1, block)) @ matrix).flatten(-2).flatten(0, -2)
+        scale = y.abs().amax(-1, keepdim=True).float() / 127
+        return (y / scale).round().to(torch.int8), scale[:, 0]
+
+    def kitchen():
+        from comfy_kitchen.registry import registry
+
+        return registry.get_implementation("quantize_and_rotate_rowwise")(x.flatten(0, -2), matrix, block)
+
+    found = Rivals({"rotate, then round": plain}, memory_bound=True)
+    found.left_out = left_out("comfy_kitchen", kitchen)
+    if not found.left_out:
+        found.runs["comfy_kitchen"], found.same["comfy_kitchen"] = kitchen, lambda: ours.reference(*inputs)
+    return found
+
+
+def scaled_linear(inputs: tuple, device: str) -> Rivals:
+    """The layer in 16 bits; torch's product of int8 with the scales after it."""
+    x, x_scale, w, w_scale, bias, dtype = inputs
+    wide, plain = x.to(dtype) * x_scale[:, None].to(dtype), w.to(dtype) * w_scale[:, None].to(dtype)
+    found = Rivals({"16-bit linear": lambda: torch.nn.functional.linear(wide, plain, bias)})
+    found.runs["torch._int_mm"] = lambda: (torch._int_mm(x, w.t()) * x_scale[:, None] * w_scale + bias).to(dtype)
+    return found
+
+
 DENSE = ("dense SDPA", "FlashAttention", "cuDNN", "SageAttention")
-RIVALS = {"block_sparse": block_sparse, "forecast": forecast, "delta_rule": delta_rule}
-ON_GPU = {"ssd": ssd}
+RIVALS = {"block_sparse": block_sparse, "forecast": forecast, "delta_rule": delta_rule, "rotate": rotate}
+ON_GPU = {"ssd": ssd, "quantize_rows": quantize_rows, "scaled_linear": scaled_linear}

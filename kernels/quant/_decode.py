@@ -17,19 +17,25 @@ MOST = 64  # columns of one part
 PARTS = {"table4": 2, "table3": 4, "int8": 1, "q4_0": 2, "q8_0": 1, "q4_k": 2, "q5_k": 2, "q6_k": 2}
 
 
-def constants(codec: str, group: int) -> dict[str, Any]:
-    """Compile-time arguments of the decoding functions. SUB steps make one unit of GROUP columns."""
+def constants(codec: str, group: int, least: int = 16) -> dict[str, Any]:
+    """Compile-time arguments of the decoding functions. SUB steps make one unit of GROUP columns; a part has at least so
+    many, as the matrix product asks for."""
     unit = GGUF_BLOCKS[codec][0] if codec in GGUF_BLOCKS else group
     run = 32 if unit == 256 and codec in GGUF_BLOCKS else unit // PARTS[codec]
-    br = min(MOST, max(16, 1 << (run - 1).bit_length()))
+    br = min(MOST, max(least, 1 << (run - 1).bit_length()))
     sub = 4 if codec in ("q4_k", "q5_k", "q6_k") else -(-run // br)
     return {"CODEC": codec, "GROUP": unit, "RUN": run, "BR": br, "SUB": sub, "PARTS": PARTS[codec]}
 
 
-def steps(codec: str, columns: int, group: int) -> int:
+def steps(codec: str, columns: int, group: int, least: int = 16) -> int:
     """Steps of one row."""
-    found = constants(codec, group)
+    found = constants(codec, group, least)
     return -(-columns // found["GROUP"]) * found["SUB"]
+
+
+def units(codec: str, columns: int, group: int) -> int:
+    """Groups or blocks of one row; its columns where codes are whole bytes."""
+    return columns if codec == "int8" else steps(codec, columns, group) // constants(codec, group)["SUB"]
 
 
 def pointers(data, scale, table) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -48,6 +54,29 @@ def half_at(AT, live):
 
 
 @triton.jit
+def rows_of(DATA, n, units, CODEC: tl.constexpr, RUN: tl.constexpr):
+    """Pointers [BN] to the first bytes of rows n. The bytes of a row are so many times a constant, from which the
+    compiler sees how wide its loads may be."""
+    if CODEC == "table4":
+        size = units * RUN
+    elif CODEC == "table3":
+        size = units * (3 * RUN // 2)
+    elif CODEC == "q4_0":
+        size = units * 18
+    elif CODEC == "q8_0":
+        size = units * 34
+    elif CODEC == "q4_k":
+        size = units * 144
+    elif CODEC == "q5_k":
+        size = units * 176
+    elif CODEC == "q6_k":
+        size = units * 210
+    else:
+        size = units
+    return DATA + n.to(tl.int64) * size
+
+
+@triton.jit
 def columns_of(step, P: tl.constexpr, CODEC: tl.constexpr, GROUP: tl.constexpr, RUN: tl.constexpr, BR: tl.constexpr,
                SUB: tl.constexpr):  # fmt: skip
     """Columns of part P [BR], and which of them belong to the unit."""
@@ -63,9 +92,10 @@ def columns_of(step, P: tl.constexpr, CODEC: tl.constexpr, GROUP: tl.constexpr, 
 @triton.jit
 def bytes_of(ROW, live, step, K, CODEC: tl.constexpr, GROUP: tl.constexpr, RUN: tl.constexpr, BR: tl.constexpr,
              SUB: tl.constexpr):  # fmt: skip
-    """ROW: pointers [BN, 1] to the rows' first bytes -> the step's bytes [BN, BR], and the bytes with its high bits (the
-    same where the codec has none)."""
+    """ROW [BN]: pointers to the rows' first bytes; live [BN] -> the step's bytes [BN, BR], and the bytes with its high
+    bits (the same where the codec has none)."""
     b = tl.arange(0, BR)
+    ROW, live = ROW[:, None], live[:, None]
     unit, sub = step // SUB, step % SUB
     if CODEC == "table4":
         j = sub * BR + b
@@ -130,7 +160,7 @@ def codes_of(low, high, step, P: tl.constexpr, CODEC: tl.constexpr, RUN: tl.cons
 
 @triton.jit
 def six_bits(AT, live, j):
-    """Scale and minimum number j of the twelve bytes at AT [BN, 1], as fp32."""
+    """Scale and minimum number j of the twelve bytes at AT [BN], as fp32."""
     wide = tl.load(AT + j + 4, mask=live, other=0).to(tl.int32)
     scale = tl.load(AT + j % 4, mask=live, other=0).to(tl.int32)
     least = tl.load(AT + 4 + j % 4, mask=live, other=0).to(tl.int32)
@@ -146,30 +176,33 @@ def six_bits(AT, live, j):
 @triton.jit
 def decoded(ROW, SCALE_ROW, table, low, high, live, step, P: tl.constexpr, CODEC: tl.constexpr, GROUP: tl.constexpr,
             RUN: tl.constexpr, BR: tl.constexpr, SUB: tl.constexpr):  # fmt: skip
-    """Part P of the weight, fp32 [BN, BR]. SCALE_ROW: pointers [BN, 1]; table: [16]; live [BN, 1]."""
+    """Part P of the weight, fp32 [BN, BR]. ROW, SCALE_ROW: pointers [BN]; live [BN]; table [16]. What a row has once is
+    loaded as [BN]: as [BN, 1] each thread would load it for every one of its columns."""
     q = codes_of(low, high, step, P, CODEC, RUN, BR, SUB)
     unit, sub = step // SUB, step % SUB
     if CODEC == "table4" or CODEC == "table3":
-        return looked_up(table, q) * tl.load(SCALE_ROW + unit, mask=live, other=0.0).to(tl.float32)
+        gain = tl.load(SCALE_ROW + unit, mask=live, other=0.0).to(tl.float32)
+        return looked_up(table, q) * gain[:, None]
     elif CODEC == "int8":
-        return q.to(tl.float32) * tl.load(SCALE_ROW + unit, mask=live, other=0.0).to(tl.float32)
+        return q.to(tl.float32) * tl.load(SCALE_ROW + unit, mask=live, other=0.0).to(tl.float32)[:, None]
     elif CODEC == "q4_0":
-        return half_at(ROW + unit * 18, live) * q.to(tl.float32)
+        return half_at(ROW + unit * 18, live)[:, None] * q.to(tl.float32)
     elif CODEC == "q8_0":
-        return half_at(ROW + unit * 34, live) * q.to(tl.float32)
+        return half_at(ROW + unit * 34, live)[:, None] * q.to(tl.float32)
     elif CODEC == "q6_k":
         at = ROW + unit * 210
         d = half_at(at + 208, live)
         first = at + 192 + (sub // 2) * 8 + P * 4 + (sub % 2) * 2  # a scale serves 16 columns
         left = d * tl.load(first, mask=live, other=0).to(tl.int8, bitcast=True).to(tl.float32)
         right = d * tl.load(first + 1, mask=live, other=0).to(tl.int8, bitcast=True).to(tl.float32)
-        return tl.where((tl.arange(0, BR) < 16)[None, :], left, right) * q.to(tl.float32)
+        return tl.where((tl.arange(0, BR) < 16)[None, :], left[:, None], right[:, None]) * q.to(tl.float32)
     if CODEC == "q4_k":
         at = ROW + unit * 144
     else:
         at = ROW + unit * 176
     scale, least = six_bits(at + 4, live, 2 * sub + P)
-    return half_at(at, live) * scale * q.to(tl.float32) - half_at(at + 2, live) * least
+    gain, shift = half_at(at, live) * scale, half_at(at + 2, live) * least
+    return gain[:, None] * q.to(tl.float32) - shift[:, None]
 
 
 @triton.jit

@@ -1,12 +1,12 @@
 """The Triton kernels of packed_linear.py."""
 
 from .._triton import tl, triton
-from ._decode import bytes_of, columns_of, decoded, table_of
+from ._decode import bytes_of, columns_of, decoded, rows_of, table_of
 
-SIZES = ["M", "N", "K", "STEPS", "SPAN", "xm", "db", "sb"]
+SIZES = ["M", "N", "K", "STEPS", "SPAN", "xm", "units", "sb"]
 SUM_SIZES = ["TOTAL", "N", "SPLITS"]
 _jit = (
-    triton.jit(do_not_specialize=["M", "N", "STEPS", "SPAN", "TOTAL", "SPLITS"])
+    triton.jit(do_not_specialize=["M", "N", "STEPS", "SPAN", "sb", "TOTAL", "SPLITS"])
     if hasattr(triton, "__version__")
     else triton.jit
 )
@@ -14,16 +14,16 @@ _jit = (
 
 @_jit
 def packed_product(
-    X, DATA, SCALE, TABLE, BIAS, OUT, M, N, K, STEPS, SPAN, xm, db, sb, CODEC: tl.constexpr, GROUP: tl.constexpr,
+    X, DATA, SCALE, TABLE, BIAS, OUT, M, N, K, STEPS, SPAN, xm, units, sb, CODEC: tl.constexpr, GROUP: tl.constexpr,
     RUN: tl.constexpr, BR: tl.constexpr, SUB: tl.constexpr, PARTS: tl.constexpr, BIASED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """OUT[split] = X W^T over SPAN of the steps: BM x BN of it. The weights are decoded in registers, where they are the
     left operand: OUT is formed as its transpose."""
     rm = tl.program_id(1) * BM + tl.arange(0, BM)
-    n = (tl.program_id(0) * BN + tl.arange(0, BN))[:, None]
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
     live, live_m = n < N, (rm < M)[None, :]
-    row, scale_row = DATA + n.to(tl.int64) * db, SCALE + n.to(tl.int64) * sb
+    row, scale_row = rows_of(DATA, n, units, CODEC, RUN), SCALE + n.to(tl.int64) * sb
     x_row = X + rm.to(tl.int64)[None, :] * xm
     table = table_of(TABLE, CODEC)
     first = tl.program_id(2) * SPAN
@@ -36,9 +36,9 @@ def packed_product(
             w = decoded(row, scale_row, table, low, high, live, step, p, CODEC, GROUP, RUN, BR, SUB)
             acc = tl.dot(w.to(x.dtype), x, acc, input_precision="ieee")
     if BIASED:
-        acc += tl.load(BIAS + n, mask=live, other=0.0).to(tl.float32)
-    at = OUT + (tl.program_id(2) * M + rm).to(tl.int64)[None, :] * N + n
-    tl.store(at, acc.to(OUT.dtype.element_ty), mask=live & live_m)
+        acc += tl.load(BIAS + n, mask=live, other=0.0).to(tl.float32)[:, None]
+    at = OUT + (tl.program_id(2) * M + rm).to(tl.int64)[None, :] * N + n[:, None]
+    tl.store(at, acc.to(OUT.dtype.element_ty), mask=live[:, None] & live_m)
 
 
 @_jit

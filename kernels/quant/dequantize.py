@@ -9,12 +9,12 @@ import torch
 
 from .. import _config
 from .._triton import on_gpu, tl, triton
-from ._decode import bytes_of, columns_of, constants, decoded, pointers, steps, table_of
+from ._decode import bytes_of, columns_of, constants, decoded, pointers, rows_of, steps, table_of, units
 from ._specs import Spec, configured
 from .packed import CODECS, GGUF_BLOCKS, Packed, decode
 
-SIZES = ["N", "K", "STEPS", "db", "sb"]
-_jit = triton.jit(do_not_specialize=["N", "STEPS"]) if hasattr(triton, "__version__") else triton.jit
+SIZES = ["N", "K", "STEPS", "units", "sb"]
+_jit = triton.jit(do_not_specialize=["N", "STEPS", "sb"]) if hasattr(triton, "__version__") else triton.jit
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -39,13 +39,13 @@ dequantize.register_fake(
 
 @_jit
 def dequantize_kernel(
-    DATA, SCALE, TABLE, OUT, N, K, STEPS, db, sb, CODEC: tl.constexpr, GROUP: tl.constexpr, RUN: tl.constexpr,
+    DATA, SCALE, TABLE, OUT, N, K, STEPS, units, sb, CODEC: tl.constexpr, GROUP: tl.constexpr, RUN: tl.constexpr,
     BR: tl.constexpr, SUB: tl.constexpr, PARTS: tl.constexpr, BN: tl.constexpr, WALK: tl.constexpr,
 ):  # fmt: skip
-    """BN rows, WALK steps. db: bytes of a row, sb: scales of a row."""
-    n = (tl.program_id(0) * BN + tl.arange(0, BN))[:, None]
+    """BN rows, WALK steps. units: groups or blocks of a row, sb: scales of a row."""
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
     live = n < N
-    row = DATA + n.to(tl.int64) * db
+    row = rows_of(DATA, n, units, CODEC, RUN)
     scale_row = SCALE + n.to(tl.int64) * sb
     table = table_of(TABLE, CODEC)
     for i in range(WALK):
@@ -55,8 +55,8 @@ def dequantize_kernel(
         for p in tl.static_range(PARTS):
             w = decoded(row, scale_row, table, low, high, here, step, p, CODEC, GROUP, RUN, BR, SUB)
             c, held = columns_of(step, p, CODEC, GROUP, RUN, BR, SUB)
-            at = OUT + n.to(tl.int64) * K + c[None, :]
-            tl.store(at, w.to(OUT.dtype.element_ty), mask=here & (held & (c < K))[None, :])
+            at = OUT + n.to(tl.int64)[:, None] * K + c[None, :]
+            tl.store(at, w.to(OUT.dtype.element_ty), mask=here[:, None] & (held & (c < K))[None, :])
 
 
 @on_gpu(dequantize)
@@ -79,7 +79,7 @@ def launch(
         bn, walk = tuned["tile"]
         data, scale, table = pointers(data, scale, table)
         dequantize_kernel[(triton.cdiv(len(data), bn), triton.cdiv(count, walk))](
-            data, scale, table, out, len(data), columns, count, data.shape[1], scale.shape[1],
+            data, scale, table, out, len(data), columns, count, units(codec, columns, group), scale.shape[1],
             **constants(codec, group), BN=bn, WALK=walk, num_warps=tuned["warps"],
             num_stages=tuned["stages"], enable_fp_fusion=False,
         )  # fmt: skip
@@ -102,7 +102,7 @@ def aot_specs() -> list[dict]:
         gguf = codec in GGUF_BLOCKS
         spec: Spec = {"kernel": "dequantize_kernel", "args": args | ({"SCALE": "*u8", "TABLE": "*u8"} if gguf else {})}
         spec["tag"] = codec if gguf else f"{codec} group {group}"
-        spec["unaligned"] = ("N", "STEPS", "sb", *(("db",) if gguf else ()))
+        spec["unaligned"] = ("N", "STEPS", "sb", *(("units",) if codec != "int8" else ()))
         spec["extra"] = (codec, group) != ("table4", 64)
 
         def const(tile, codec=codec, group=group):

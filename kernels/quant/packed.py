@@ -23,7 +23,7 @@ GGUF_BLOCKS = {
 }  # columns, bytes
 TABLE_BITS = {"table4": 4, "table3": 3}
 CODECS = (*TABLE_BITS, "int8", *GGUF_BLOCKS)
-CPU_CHUNK, GPU_CHUNK = 1 << 18, 1 << 24  # elements decoded at once: on a CPU what they pass through stays in the cache
+CPU_CHUNK, GPU_CHUNK = 1 << 20, 1 << 24  # elements decoded at once: on a CPU what they pass through stays in the cache
 
 
 @dataclass(frozen=True)

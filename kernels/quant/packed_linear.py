@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from .. import _config
 from .._triton import on_gpu, triton
-from ._decode import constants, pointers, steps
+from ._decode import constants, pointers, steps, units
 from ._product import SIZES, SUM_SIZES, packed_product, packed_sum
 from ._specs import Spec, configured
 from .dequantize import DTYPES, dequantize
@@ -20,7 +20,7 @@ from .packed import CODECS, GGUF_BLOCKS, Packed, decode
 
 AUTO, FUSED, SCRATCH = range(3)
 FEW, SOME = 16, 64  # rows: split sums; rows up to which auto decodes in registers
-PROGRAMS = 512  # that the splits aim at: several for each multiprocessor, so that loads overlap
+PROGRAMS = 1024  # that the splits aim at: several for each multiprocessor, so that loads overlap
 BLOCK = 1024
 CPU_BYTES, GPU_BYTES = 8 << 20, 64 << 20  # of decoded weights that the reference holds at once
 
@@ -96,8 +96,9 @@ def launch(
 
 
 def width(codec: str, rows: int) -> int:
-    """Of the entry in kernels/configs. Decoding q6_k fills the registers that a large tile needs."""
-    return FEW if rows <= FEW else SOME if rows <= SOME or codec == "q6_k" else 2 * SOME
+    """Of the entry in kernels/configs. Decoding q6_k fills the registers that a large tile needs;
+    so do four products of table3 in one step, which Triton 3.6 even drops without a word on sm100."""
+    return FEW if rows <= FEW else SOME if rows <= SOME or codec in ("q6_k", "table3") else 2 * SOME
 
 
 def _fused(x, data, scale, table, bias, codec, columns, group, out) -> None:
@@ -111,8 +112,8 @@ def _fused(x, data, scale, table, bias, codec, columns, group, out) -> None:
     data, scale, table = pointers(data, scale, table)
     packed_product[(triton.cdiv(n, bn), triton.cdiv(m, bm), splits)](
         x, data, scale, table, x if bias is None else bias, part, m, n, columns, count, span, x.stride(0),
-        data.shape[1], scale.shape[1], **constants(codec, group), BIASED=bias is not None and splits == 1, BM=bm, BN=bn,
-        num_warps=tuned["warps"], num_stages=tuned["stages"],
+        units(codec, columns, group), scale.shape[1], **constants(codec, group), BM=bm, BN=bn,
+        BIASED=bias is not None and splits == 1, num_warps=tuned["warps"], num_stages=tuned["stages"],
     )  # fmt: skip
     if splits > 1:
         packed_sum[(triton.cdiv(out.numel(), BLOCK),)](
@@ -161,7 +162,8 @@ def aot_specs() -> list[dict]:
                 "args": own,
                 "tag": f"{codec} group {group} rows {rows} {bits} bits",
             }
-            spec["unaligned"] = ("M", "N", "STEPS", "SPAN", "sb", *(("db",) if gguf else ()))
+            spec["unaligned"] = ("M", "N", "STEPS", "SPAN", "sb", *(("units",) if codec != "int8" else ()))
+            spec["expect"] = {"sm90": "HGMMA", "gfx942": "mfma"} if bits == 16 and rows > FEW else {}
             spec["extra"] = (codec, group, bits, rows) != ("table4", 64, 16, 2 * SOME)
 
             def const(tile, codec=codec, group=group, split=split):

@@ -60,6 +60,15 @@ def test_equal_values_keep_their_size_in_a_regular_rotation_only(serve, device):
     assert serve(x, None, 256, "sylvester").abs().max() == pytest.approx(48.0)
 
 
+@SERVE
+@pytest.mark.parametrize("block", [1, 4, 16, 64])
+def test_the_input_is_left_alone(block, serve, device):
+    x = torch.randn(3, 64, device=device)
+    before = x.clone()
+    out = serve(x, None, block)
+    assert torch.equal(x, before) and out.data_ptr() != x.data_ptr()
+
+
 def test_double_wide_blocks_and_no_rows(device, error):
     x, signs = inputs(64, device, torch.float64)
     assert error(m.launch(m.launch(x, signs, 64), signs, 64, "regular", True), x) < 1e-14
