@@ -13,6 +13,7 @@ import torch
 from .. import archs
 from .diffusers_blocks import offer
 from .diffusers_files import beside, read_config, read_tensors, weight_files
+from .diffusers_latents import latents_of
 from .diffusers_model import SWAPPED, Bridge, BridgedModel, settings, swap_layers
 from .diffusers_sampling import noise_of
 from .diffusers_table import TABLE, Row
@@ -119,31 +120,6 @@ def unplaced():
         yield
     finally:
         torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
-
-
-def latents_of(name: str, row: Row, config: dict[str, Any], autoencoder: dict[str, Any] | None):
-    """The latent format. An autoencoder's config beside the model tells its scale. ValueError where nothing tells."""
-    latents, channels = row.latents(config), config["in_channels"] // row.channels
-    scale, shift = ((autoencoder or {}).get(key) for key in ("scaling_factor", "shift_factor"))
-    for value, least in ((scale, 0), (shift, -100)):
-        if value is not None and (type(value) not in (int, float) or not least < value < 100):
-            raise ValueError(f"vae/config.json says {value!r} for the scale of its latents. Download it again.")
-    if latents is None and name == "PixArtTransformer2DModel" and scale is not None:
-        latents = row.latents({**config, "sample_size": 128, "use_additional_conditions": scale == 0.18215})
-    if latents is None:
-        raise ValueError(
-            f"{name} of this config has more than one possible autoencoder. Put its vae/config.json beside the transformer's "
-            "folder, as in the released pipeline."
-        )
-    if latents.latent_channels != channels:
-        raise ValueError(
-            f"{name} with {channels} latent channels is not bridged; its autoencoder has {latents.latent_channels}."
-        )
-    if scale is not None and hasattr(latents, "scale_factor") and latents.scale_factor != 1.0:
-        latents.scale_factor = scale
-    if shift is not None and hasattr(latents, "shift_factor"):
-        latents.shift_factor = shift
-    return latents
 
 
 def _dtype(family, weights: dict[str, torch.Tensor], asked: torch.dtype | None, device) -> torch.dtype:

@@ -103,7 +103,7 @@ def test_latents_that_nothing_tells(tmp_path):
     name = "PixArtTransformer2DModel"
     folder = tiny.save(name, tmp_path)
     config(folder, sample_size=64)
-    assert "more than one possible autoencoder" in refused(folder)
+    assert "more than one possible autoencoder. Put its vae/config.json beside" in refused(folder)
     (folder.parent / "vae").mkdir()
     for scale, kind in ((0.18215, "SD15"), (0.13025, "SDXL")):
         (folder.parent / "vae" / "config.json").write_text(json.dumps({"scaling_factor": scale}))
