@@ -20,6 +20,7 @@ from .diffusers_table import TABLE, Row
 
 log = logging.getLogger("tessera")
 NODE = "Load Diffusers Model"
+MOST_LAYERS, MOST_SIZE = 1000, 1 << 17  # more than any model has
 DTYPES = {"default": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -73,11 +74,7 @@ def build(kind: type, row: Row, config: dict[str, Any]) -> Any:
     names = inspect.signature(kind.__init__).parameters
     given = {key: value for key, value in config.items() if key in names and not key.startswith("_")}
     for key, value in given.items():
-        several = isinstance(names[key].default, tuple | list)
-        if isinstance(value, dict) or (isinstance(value, list) and not several):
-            raise ValueError(
-                f"{kind.__name__} takes one value for {key}, and config.json has {value!r:.80}. Download it again."
-            )
+        _check(kind.__name__, key, value, isinstance(names[key].default, tuple | list))
     derived = type(kind.__name__, (Bridge, kind), {"bridged": kind, "row": row, "__module__": __name__})
     try:
         with unplaced():
@@ -97,6 +94,16 @@ def build(kind: type, row: Row, config: dict[str, Any]) -> Any:
             "not bridged. Load the model that starts from text alone."
         )
     return model
+
+
+def _check(name: str, key: str, value: Any, several: bool) -> None:
+    """ValueError for entries with which building would fail late, take all memory or never end."""
+    if isinstance(value, dict) or (isinstance(value, list) and not several):
+        raise ValueError(f"{name} takes one value for {key}, and config.json has {value!r:.80}. Download it again.")
+    most = MOST_LAYERS if "layers" in key else MOST_SIZE
+    for entry in value if isinstance(value, list) else [value]:
+        if type(entry) in (int, float) and not abs(entry) <= most:
+            raise ValueError(f"{name}: config.json says {key} {entry}, beyond {most}. Download it again.")
 
 
 def _line(error: BaseException) -> str:
