@@ -13,12 +13,14 @@ import torch
 from .. import archs
 from .diffusers_blocks import offer
 from .diffusers_files import beside, read_config, read_tensors, weight_files
+from .diffusers_latents import latents_of
 from .diffusers_model import SWAPPED, Bridge, BridgedModel, settings, swap_layers
 from .diffusers_sampling import noise_of
 from .diffusers_table import TABLE, Row
 
 log = logging.getLogger("tessera")
 NODE = "Load Diffusers Model"
+MOST_LAYERS, MOST_SIZE = 1000, 1 << 17  # more than any model has
 DTYPES = {"default": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -72,11 +74,7 @@ def build(kind: type, row: Row, config: dict[str, Any]) -> Any:
     names = inspect.signature(kind.__init__).parameters
     given = {key: value for key, value in config.items() if key in names and not key.startswith("_")}
     for key, value in given.items():
-        several = isinstance(names[key].default, tuple | list)
-        if isinstance(value, dict) or (isinstance(value, list) and not several):
-            raise ValueError(
-                f"{kind.__name__} takes one value for {key}, and config.json has {value!r:.80}. Download it again."
-            )
+        _check(kind.__name__, key, value, isinstance(names[key].default, tuple | list))
     derived = type(kind.__name__, (Bridge, kind), {"bridged": kind, "row": row, "__module__": __name__})
     try:
         with unplaced():
@@ -96,6 +94,16 @@ def build(kind: type, row: Row, config: dict[str, Any]) -> Any:
             "not bridged. Load the model that starts from text alone."
         )
     return model
+
+
+def _check(name: str, key: str, value: Any, several: bool) -> None:
+    """ValueError for entries with which building would fail late, take all memory or never end."""
+    if isinstance(value, dict) or (isinstance(value, list) and not several):
+        raise ValueError(f"{name} takes one value for {key}, and config.json has {value!r:.80}. Download it again.")
+    most = MOST_LAYERS if "layers" in key else MOST_SIZE
+    for entry in value if isinstance(value, list) else [value]:
+        if type(entry) in (int, float) and not abs(entry) <= most:
+            raise ValueError(f"{name}: config.json says {key} {entry}, beyond {most}. Download it again.")
 
 
 def _line(error: BaseException) -> str:
@@ -119,31 +127,6 @@ def unplaced():
         yield
     finally:
         torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
-
-
-def latents_of(name: str, row: Row, config: dict[str, Any], autoencoder: dict[str, Any] | None):
-    """The latent format. An autoencoder's config beside the model tells its scale. ValueError where nothing tells."""
-    latents, channels = row.latents(config), config["in_channels"] // row.channels
-    scale, shift = ((autoencoder or {}).get(key) for key in ("scaling_factor", "shift_factor"))
-    for value, least in ((scale, 0), (shift, -100)):
-        if value is not None and (type(value) not in (int, float) or not least < value < 100):
-            raise ValueError(f"vae/config.json says {value!r} for the scale of its latents. Download it again.")
-    if latents is None and name == "PixArtTransformer2DModel" and scale is not None:
-        latents = row.latents({**config, "sample_size": 128, "use_additional_conditions": scale == 0.18215})
-    if latents is None:
-        raise ValueError(
-            f"{name} of this config has more than one possible autoencoder. Put its vae/config.json beside the transformer's "
-            "folder, as in the released pipeline."
-        )
-    if latents.latent_channels != channels:
-        raise ValueError(
-            f"{name} with {channels} latent channels is not bridged; its autoencoder has {latents.latent_channels}."
-        )
-    if scale is not None and hasattr(latents, "scale_factor") and latents.scale_factor != 1.0:
-        latents.scale_factor = scale
-    if shift is not None and hasattr(latents, "shift_factor"):
-        latents.shift_factor = shift
-    return latents
 
 
 def _dtype(family, weights: dict[str, torch.Tensor], asked: torch.dtype | None, device) -> torch.dtype:

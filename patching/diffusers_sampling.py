@@ -87,7 +87,7 @@ def noise_of(schedule: Mapping[str, Any], where: str) -> Noise:
         )
     try:
         alphas = alphas_of(schedule, where)
-    except (TypeError, RuntimeError, OverflowError) as error:
+    except (TypeError, RuntimeError, OverflowError, IndexError) as error:
         raise ValueError(f"{where} makes no noise levels ({type(error).__name__}). Download it again.") from error
     falls = alphas.numel() > 1 and bool((alphas.diff() < 0).all())
     if not falls or not 0 <= float(alphas[-1]) < float(alphas[0]) <= 1:  # NaN passes no comparison

@@ -9,6 +9,7 @@ import comfy.latent_formats as formats
 import torch
 
 from . import diffusers_arguments as calls
+from .diffusers_latents import SanaLatents, StillLatents
 
 LINEAR = {"prediction_type": "epsilon", "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
 ZERO_SNR = {
@@ -18,20 +19,6 @@ ZERO_SNR = {
     "beta_end": 0.012,
     "rescale_betas_zero_snr": True,
 }
-
-
-class SanaLatents(formats.LatentFormat):
-    """The deep-compression autoencoder of Sana: 32 channels, 32 pixels a side."""
-
-    scale_factor = 0.41407
-    latent_channels = 32
-    spacial_downscale_ratio = 32
-
-
-class StillLatents(formats.SD15):
-    """Stable Diffusion's latents, frame by frame."""
-
-    latent_dimensions = 3
 
 
 def flow(shift: float, **more: Any) -> dict[str, Any]:
@@ -63,10 +50,11 @@ class Row:
 
 
 def _pixart_latents(config: dict[str, Any]) -> formats.LatentFormat | None:
-    """alpha draws in Stable Diffusion's latents, sigma in SDXL's. Both have 512-pixel models of one config."""
-    if config["sample_size"] != 128:
+    """alpha draws in Stable Diffusion's latents, sigma in SDXL's. Both have 256- and 512-pixel models of one config."""
+    size, told = config["sample_size"], config.get("use_additional_conditions")
+    if size in (32, 64):
         return None
-    return formats.SDXL() if config.get("use_additional_conditions") is False else formats.SD15()
+    return formats.SD15() if told or (told is None and size == 128) else formats.SDXL()
 
 
 def _wan_latents(config: dict[str, Any]) -> formats.LatentFormat | None:

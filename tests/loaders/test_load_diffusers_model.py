@@ -179,3 +179,31 @@ def test_interrupt_leaves_the_model_as_it_was(model):
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         tiny.sampled(made, name, callback=stop)
     assert torch.equal(tiny.sampled(made, name), before)
+
+
+def test_an_autoencoder_of_its_own(root, tmp_path):
+    """A Flux of one latent channel: refused alone, and sampled with its autoencoder's config beside it."""
+    from diffusers import FluxTransformer2DModel
+
+    config = {**tiny.TINY["FluxTransformer2DModel"].config, "in_channels": 4}
+    FluxTransformer2DModel(**config).save_pretrained(tmp_path / "transformer")
+    with pytest.raises(
+        ValueError, match=r"with 1 channels are not known: it has usually 16 channels\. Put its vae/config"
+    ):
+        load(str(tmp_path / "transformer"))
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text(
+        json.dumps({"latent_channels": 1, "scaling_factor": 1.5, "shift_factor": 0.25})
+    )
+    made, start, cond = (
+        load(str(tmp_path / "transformer")),
+        torch.randn(1, 1, 8, 12),
+        tiny.conditioning("FluxTransformer2DModel"),
+    )
+    out = comfy.sample.sample(
+        made, start, 2, 1.0, "euler", "simple", cond, cond, torch.zeros_like(start), disable_pbar=True, seed=0
+    )
+    assert out.shape == start.shape and out.isfinite().all()
+    latents = made.get_model_object("latent_format")
+    assert torch.allclose(latents.process_out(latents.process_in(start)), start, atol=1e-6)
+    assert torch.allclose(latents.process_in(start), (start - 0.25) * 1.5)

@@ -1,4 +1,4 @@
-"""tessera.patching.diffusers in a script that has no ComfyUI."""
+"""The pack without diffusers, and tessera.patching.diffusers without ComfyUI."""
 
 import subprocess
 import sys
@@ -34,3 +34,28 @@ def test_without_comfyui():
     script = SCRIPT.format(bootstrap=str(root / "bootstrap"), config=tiny.TINY["DiTTransformer2DModel"].config)
     made = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert made.stdout.strip() == "done", made.stderr[-2000:]
+
+
+NODES = """
+import sys
+sys.path.insert(0, {bootstrap!r})
+from pack import load_pack, use_comfyui
+use_comfyui()
+load_pack()
+sys.modules["diffusers"] = sys.modules["transformers.modeling_utils"] = None
+from tessera.nodes.loaders import class_label, load_diffusers_model
+schema = load_diffusers_model.LoadDiffusersModel.GET_SCHEMA()
+from tessera.patching.diffusers_load import class_named
+try:
+    class_named("FluxTransformer2DModel")
+except ValueError as sentence:
+    assert str(sentence).startswith("Load Diffusers Model needs the Python packages diffusers and transformers"), sentence
+    print(schema.node_id)
+"""
+
+
+def test_nodes_import_without_diffusers():
+    root = Path(__file__).resolve().parents[2]
+    script = NODES.format(bootstrap=str(root / "bootstrap"))
+    made = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert made.stdout.strip() == "TesseraLoadDiffusersModel", made.stderr[-2000:]
