@@ -8,6 +8,9 @@ from ...kernels.quant.packed import Packed
 from ...kernels.quant.packed_linear import packed_linear
 from ...kernels.quant.quantize_rows import quantize_rows
 from ...kernels.quant.rotate import rotate
+from ...kernels.quant.scaled_linear import scaled_linear
+from ...kernels.quant.scaled_packed_linear import scaled_packed_linear
+from .recipe import INTEGER
 from .rotation import Rotation, family_of
 
 CODES = {"int8": "int8", "int4": "int4", "fp8": "fp8_e4m3"}
@@ -36,17 +39,20 @@ def restored(weight: torch.Tensor, params: Any) -> torch.Tensor:
 
 
 def multiply(x: torch.Tensor, weight: Packed, bias: torch.Tensor | None, params: Any) -> torch.Tensor:
-    """x [..., K] -> [..., N] in x's dtype."""
-    rows = prepared(x, params) if params.activation == "none" else _rounded(x, params)
-    return packed_linear(
-        rows, weight.data, weight.scale, weight.table, bias, weight.codec, weight.columns, weight.group
-    )
-
-
-def _rounded(x: torch.Tensor, params: Any) -> torch.Tensor:
-    """prepared(x) after its rounding, for weights that no integer product takes."""
+    """x [..., K] -> [..., N] in x's dtype. params.name: the format; integers are multiplied as such."""
+    parts = weight.data, weight.scale, weight.table
+    told = weight.codec, weight.columns, weight.group
+    if params.activation == "none":
+        return packed_linear(prepared(x, params), *parts, bias, *told)
     codes, scales = quantize_rows(x, CODES[params.activation], *_turned(x, params))
-    return (codes.to(x.dtype) * scales[:, None].to(x.dtype)).view(x.shape)
+    if codes.dtype == torch.int8 and weight.scale is not None:
+        if weight.codec == "int8" and weight.group >= weight.columns:
+            y = scaled_linear(codes, scales, weight.data.view(torch.int8), weight.scale[:, 0], bias, x.dtype)
+            return y.view(*x.shape[:-1], -1)
+        if params.name in INTEGER:
+            return scaled_packed_linear(codes, scales, *parts, bias, *told, x.dtype).view(*x.shape[:-1], -1)
+    rows = (codes.to(x.dtype) * scales[:, None].to(x.dtype)).view(x.shape)
+    return packed_linear(rows, *parts, bias, *told)
 
 
 def _turned(x: torch.Tensor, params: Any) -> tuple:

@@ -11,6 +11,7 @@ from .rotation import Rotation
 
 FORMAT = "tessera"
 MARK = ".comfy_quant"
+INTEGER = ("int4_g64", "svdquant_int4")  # formats whose tables hold whole numbers, for integer products
 MOST = 4096  # bytes of one layer's JSON
 MOST_BLOCK = 1024  # columns
 BESIDE = {"scale": 2, "table": 1, "smooth": 1, "signs": 1, "permutation": 1, "down": 2, "up": 2}  # dimensions
@@ -55,7 +56,10 @@ def read_layer(file: str, layer: str, told: Mapping[str, Any], tensors: dict[str
         if codec not in CODECS:
             raise ValueError(f"the codec {codec!r} is none that is known ({', '.join(CODECS)})")
         weight = Packed(codec, columns, data, parts.pop("scale"), parts.pop("table"), group)
-        return weight, {**_checked(told, columns, parts), **parts}
+        checked = _checked(told, columns, parts)
+        if checked["name"] in INTEGER and not _whole(weight.table):
+            raise ValueError(f"its table is not of whole numbers, which {checked['name']} has")
+        return weight, {**checked, **parts}
     except ValueError as error:
         raise ValueError(f"{file}: layer {layer}: {str(error).rstrip('.')}; the file is damaged.") from error
 
@@ -79,6 +83,10 @@ def _checked(told: Mapping[str, Any], columns: int, parts: Mapping[str, torch.Te
     if smooth is not None and not bool((smooth > 0).all()):
         raise ValueError("weight_smooth is not positive everywhere")
     return {"rotation": kind, "block": block, "activation": activation, "name": str(told.get("name", ""))[:32]}
+
+
+def _whole(table: torch.Tensor | None) -> bool:
+    return table is None or torch.equal(table.float(), table.float().round().clamp(-128, 127))
 
 
 def _count(told: Mapping[str, Any], name: str) -> int:

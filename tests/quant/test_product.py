@@ -5,11 +5,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tessera.methods.quant.formats import FORMATS
 from tessera.methods.quant.layer import quantize_layer
 from tessera.methods.quant.product import multiply, prepared, restored
 from tessera.methods.quant.rotation import KINDS
 
 N, K = 96, 256
+PAIRS = [(name, kind) for name in ("tlq4", "int4_g64", "int8_row") for kind in FORMATS[name].activations]
 
 
 def layer_of(rotate: str, activations: str, format: str = "tlq4", smooth: bool = False):
@@ -27,16 +29,16 @@ def layer_of(rotate: str, activations: str, format: str = "tlq4", smooth: bool =
     turn = layer.rotation
     params = SimpleNamespace(
         smooth=layer.smooth, rotation=turn.kind, block=turn.block, signs=turn.signs, permutation=turn.permutation,
-        activation=layer.activations,
+        activation=layer.activations, name=format,
     )  # fmt: skip
     return layer, params
 
 
-@pytest.mark.parametrize("activations", ["none", "int8", "fp8", "int4"])
 @pytest.mark.parametrize("rotate", KINDS)
+@pytest.mark.parametrize("format, activations", PAIRS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_it_is_the_layers_own(rotate, activations, dtype):
-    layer, params = layer_of(rotate, activations)
+def test_it_is_the_layers_own(rotate, activations, format, dtype):
+    layer, params = layer_of(rotate, activations, format)
     x = torch.randn(3, 5, K, generator=torch.Generator().manual_seed(1)).to(dtype)
     bias = torch.randn(N, generator=torch.Generator().manual_seed(2)).to(dtype)
     found, wanted = multiply(x, layer.packed, bias, params), layer(x, bias)
