@@ -2,12 +2,13 @@
 ComfyUI's own loader and sampler and lets a classifier of real digits read the result.
 
     python bootstrap/digits_score.py image|video [--samples 400] [--steps 25] [--cfg F] [--patch none|taylor|taylor5|window]
-        [--model FILE] [--batch 25] [--grid out.png]
+        [--quantize FORMAT] [--model FILE] [--batch 25] [--grid out.png]
 
 Sample i always starts from the noise of seed i and asks for the same digit, whatever the batch size, so that two runs
 can be compared sample by sample."""
 
 import argparse
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,15 @@ def with_node(model, node_id: str, inputs: dict[str, Any]):
     return node.PREPARE_CLASS_CLONE(None).execute(model, **given).args[0]
 
 
+def quantized(model, format: str, folder: Path):
+    """The MODEL after Quantize Model without a calibration; its file lies in the folder."""
+    load_pack()
+    from tessera.patching.quant_layer import Asked
+    from tessera.patching.quantize import quantize
+
+    return quantize(model, Asked(format), None, folder / f"{format}.safetensors", "", "replace")[0]
+
+
 def _default(entry):
     default = getattr(entry, "default", None)  # sockets have none
     return entry.options[0] if default is None and getattr(entry, "options", None) else default
@@ -154,6 +164,23 @@ def save_grid(pixels: torch.Tensor, path: Path, columns: int = 10) -> None:
     Image.fromarray((sheet * 255).round().to(torch.uint8).numpy()).save(path)
 
 
+def _print_beside(plain: Score, shown: Score, name: str) -> None:
+    from tessera.methods.measure.quality import ssim
+
+    alike = torch.tensor(
+        [ssim(x[..., None], y[..., None]) for x, y in zip(_frames(plain), _frames(shown), strict=True)]
+    )
+    print(f"{name}: {shown}, SSIM {alike.mean():.3f}")
+    for what in ("right", "turned") if plain.turned is not None else ("right",):
+        middle, low, high = (100 * x for x in paired_difference(getattr(plain, what), getattr(shown, what)))
+        print(f"{what}: {middle:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f}")
+
+
+def _frames(found: Score) -> torch.Tensor:
+    """Pictures as clips of one frame, [N, T, H, W]."""
+    return found.pixels if found.pixels.ndim == 4 else found.pixels[:, None]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=list(FILES))
@@ -161,6 +188,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--cfg", type=float, help="default: image {image}, video {video}".format(**DEFAULT_CFG))
     parser.add_argument("--patch", choices=["none", *PATCHES], default="none")
+    parser.add_argument(
+        "--quantize", metavar="FORMAT", help="such as tlq4 or int8_row; with --patch the cache acts on it"
+    )
     parser.add_argument("--model", type=Path, help="checkpoint file, default models/…")
     parser.add_argument("--batch", type=int, default=BATCH)
     parser.add_argument("--grid", type=Path, help="write the samples as a picture")
@@ -172,12 +202,11 @@ def main() -> None:
     plain = score(model, *settings)
     print(f"plain: {plain}", flush=True)
     shown = plain
-    if args.patch != "none":
-        shown = score(patched(model, args.patch), *settings)
-        print(f"{args.patch}: {shown}")
-        for what in ("right", "turned") if args.kind == "video" else ("right",):
-            middle, low, high = (100 * x for x in paired_difference(getattr(plain, what), getattr(shown, what)))
-            print(f"{what}: {middle:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f}")
+    if args.patch != "none" or args.quantize:
+        with tempfile.TemporaryDirectory() as folder:
+            model = quantized(model, args.quantize, Path(folder)) if args.quantize else model
+            shown = score(patched(model, args.patch), *settings)
+        _print_beside(plain, shown, "+".join(filter(None, (args.quantize, args.patch.removesuffix("none")))))
     if args.grid:
         save_grid(shown.pixels, args.grid)
 
