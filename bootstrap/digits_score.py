@@ -181,6 +181,7 @@ def _frames(found: Score) -> torch.Tensor:
     return found.pixels if found.pixels.ndim == 4 else found.pixels[:, None]
 
 
+@torch.inference_mode()  # as ComfyUI runs everything
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=list(FILES))
