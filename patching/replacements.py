@@ -1,5 +1,5 @@
-"""What ComfyUI offers, or does at once for graphs that come through the API, where a graph names a cache node of another
-pack that is not installed: the Tessera node that does the same, with its inputs carried over."""
+"""What ComfyUI offers, or does at once for graphs that come through the API, where a graph names a cache node or a loader of
+another pack that is not installed: the Tessera node that does the same, with its inputs carried over."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -18,6 +18,7 @@ class Switch:
     new: str
     inputs: dict[str, str] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
+    takes_model: bool = True
 
 
 STEP, TAYLOR = "TesseraStepCache", "TesseraTaylorCache"
@@ -42,15 +43,29 @@ SWITCHES = (
     Switch("TaylorSeerLite", TAYLORSEER, TAYLOR, SEER, {"level": "last_block"}),
 )  # fmt: skip
 
+LOADER = "TesseraLoadQuantizedModel"
+LOADERS = (
+    # city96/ComfyUI-GGUF: what it asks of dtypes and devices of dequantization has no counterpart, weights stay packed
+    Switch("UnetLoaderGGUF", ("unet_name",), LOADER, {"file": "unet_name"}, takes_model=False),
+    Switch("UnetLoaderGGUFAdvanced", ("unet_name", "dequant_dtype", "patch_dtype", "patch_on_device"), LOADER,
+           {"file": "unet_name"}, takes_model=False),
+    # nunchaku-tech/ComfyUI-nunchaku: offload is ComfyUI's own, its cache is Taylor Cache's to do
+    Switch("NunchakuFluxDiTLoader",
+           ("model_path", "cache_threshold", "attention", "cpu_offload", "device_id", "data_type", "i2f_mode"), LOADER,
+           {"file": "model_path"}, takes_model=False),
+    Switch("NunchakuQwenImageDiTLoader", ("model_name", "cpu_offload", "num_blocks_on_gpu", "use_pin_memory"), LOADER,
+           {"file": "model_name"}, takes_model=False),
+)  # fmt: skip
+
 
 def replacements(nodes: Iterable[type[io.ComfyNode]]) -> list[io.NodeReplace]:
     """What to register for these nodes of ours; none for a node that is missing."""
     schemas = {node.GET_SCHEMA().node_id: node.GET_SCHEMA() for node in nodes}
-    return [_replace(switch, schemas[switch.new]) for switch in SWITCHES if switch.new in schemas]
+    return [_replace(switch, schemas[switch.new]) for switch in (*SWITCHES, *LOADERS) if switch.new in schemas]
 
 
 def _replace(switch: Switch, schema: io.Schema) -> io.NodeReplace:
-    mapping: list[Any] = [{"new_id": "model", "old_id": "model"}]
+    mapping: list[Any] = [{"new_id": "model", "old_id": "model"}] if switch.takes_model else []
     mapping += [{"new_id": new, "old_id": old} for new, old in switch.inputs.items()]
     for widget in schema.inputs:  # the API fills in nothing: every input that must be given is
         if widget.optional or widget.id == "model" or widget.id in switch.inputs:

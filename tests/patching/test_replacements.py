@@ -52,4 +52,13 @@ def test_a_node_that_did_not_load_replaces_nothing():
 
 
 def test_each_old_node_is_named_once():
-    assert len({s.old for s in m.SWITCHES}) == len(m.SWITCHES) == len(OLD)
+    every = [s.old for s in (*m.SWITCHES, *m.LOADERS)]
+    assert len({*every}) == len(every) and {s.old for s in m.SWITCHES} == OLD.keys()
+
+
+@pytest.mark.parametrize("switch", m.LOADERS, ids=lambda s: s.old)
+def test_a_loader_keeps_its_file(switch):
+    (made,) = [r for r in m.replacements(NODES.values()) if r.old_node_id == switch.old]
+    assert made.new_node_id == "TesseraLoadQuantizedModel" and made.old_widget_ids == list(switch.widgets)
+    assert made.input_mapping == [{"new_id": "file", "old_id": switch.inputs["file"]}]
+    assert switch.inputs["file"] == switch.widgets[0]
