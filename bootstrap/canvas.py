@@ -7,6 +7,7 @@ download. Canvas form: version 0.4, widget values by position."""
 
 import json
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -238,6 +239,12 @@ def needs(graph: dict[str, Any]) -> list[dict[str, str]]:
 def told(canvas: dict[str, Any]) -> list[dict[str, str]]:
     """The same of a canvas file."""
     return [weight for node in canvas["nodes"] for weight in node["properties"].get("models", [])]
+
+
+def models(names: Iterable[str]) -> set[str]:
+    """What a loader's choices and needed weights have in common: a file by its name, a model of many files by its
+    folder."""
+    return {name.partition("/")[0] for name in names}
 
 
 def dump(data: Any) -> str:

@@ -1,7 +1,10 @@
 """Tiny files under the names of official weights, in their formats: templates that need those run on these in tests.
 The pictures are noise; what is loaded, patched, sampled, decoded and reported is real."""
 
+import inspect
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,7 @@ import safetensors.torch
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import quantize
-from pack import use_comfyui
+from pack import ROOT, use_comfyui
 from tiny_models import state_dict
 from tiny_specs import SPECS, Spec
 
@@ -31,6 +34,24 @@ ATTENTIONS = ["down_blocks.0.attentions.0", "down_blocks.1.attentions.0", "mid_b
               "up_blocks.0.attentions.0", "up_blocks.0.attentions.1", "up_blocks.1.attentions.0",
               "up_blocks.1.attentions.1"]  # fmt: skip
 Tensors = dict[str, torch.Tensor]
+PIXART, DIT = "PixArt-Sigma-XL-2-1024-MS", "DiT-XL-2-256"
+OLD = {"_class_name": "Transformer2DModel", "num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "patch_size": 2,
+       "in_channels": 4, "out_channels": 8, "num_embeds_ada_norm": 1000, "activation_fn": "gelu-approximate",
+       "attention_bias": True, "norm_elementwise_affine": False, "num_vector_embeds": None}  # fmt: skip
+BETAS = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear",
+         "prediction_type": "epsilon"}  # fmt: skip
+VAE = {"_class_name": "AutoencoderKL", "latent_channels": 4}
+CONFIGS: dict[str, dict[str, Any]] = {  # as the releases name class and entries, in small sizes
+    f"{PIXART}/transformer/config.json": {
+        **OLD, "norm_type": "ada_norm_single", "sample_size": 128, "cross_attention_dim": 32, "caption_channels": 96,
+        "interpolation_scale": 2, "use_additional_conditions": False,
+    },
+    f"{PIXART}/scheduler/scheduler_config.json": {"_class_name": "DPMSolverMultistepScheduler", **BETAS},
+    f"{PIXART}/vae/config.json": {**VAE, "scaling_factor": 0.13025},
+    f"{DIT}/transformer/config.json": {**OLD, "norm_type": "ada_norm_zero", "sample_size": 32, "cross_attention_dim": None},
+    f"{DIT}/scheduler/scheduler_config.json": {"_class_name": "DDIMScheduler", **BETAS},
+    f"{DIT}/vae/config.json": {**VAE, "scaling_factor": 0.18215},
+}  # fmt: skip
 
 
 def random(shapes: dict[str, tuple[int, ...]]) -> Tensors:
@@ -76,6 +97,23 @@ def linfusion(module: Any, folder: Path) -> Tensors:
     return random({f"{i}.{key}": shape for i, m in enumerate(modules) for key, shape in m.shapes().items()})
 
 
+def bridged(name: str, kind: str) -> Tensors:
+    """Of a pipeline's folder; kind: the class of diffusers that now takes the config, without the entries it dropped."""
+    import diffusers
+
+    made = getattr(diffusers, kind)
+    known = inspect.signature(made).parameters
+    weights = made(**{k: v for k, v in CONFIGS[f"{name}/transformer/config.json"].items() if k in known}).state_dict()
+    return random({key: tuple(value.shape) for key, value in weights.items()})
+
+
+def pickled(tensors: Tensors, path: Path) -> None:
+    """A checkpoint of torch.save, and beside it what the command makes of it that users are told."""
+    torch.save(tensors, path)
+    command = [sys.executable, "-m", "scripts.convert_checkpoint", str(path), str(path.with_suffix(".safetensors"))]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+
+
 def gguf_file(tensors: Tensors, path: Path) -> None:
     """As ComfyUI-GGUF's converter writes FLUX: matrices in Q8_0, the rest in F32."""
     writer = GGUFWriter(str(path), "flux")
@@ -106,11 +144,21 @@ def write(needs: list[dict[str, str]], models: Path, pack: Any) -> None:
         "LinFusion-1-5/diffusion_pytorch_model.safetensors": lambda folder: linfusion(
             import_module(f"{methods}.linfusion"), folder
         ),
+        f"{PIXART}/transformer/diffusion_pytorch_model.safetensors": lambda _: bridged(
+            PIXART, "PixArtTransformer2DModel"
+        ),
+        "sdxl_vae.safetensors": lambda _: taesd(4),
+        f"{DIT}/transformer/diffusion_pytorch_model.bin": lambda _: bridged(DIT, "DiTTransformer2DModel"),
+        "vae-ft-mse-840000-ema-pruned.safetensors": lambda _: taesd(4),
     }
     for weight in needs:
         path = models / weight["directory"] / weight["name"]
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".gguf":
             gguf_file(state_dict(FLUX), path)
+        elif path.suffix == ".json":
+            path.write_text(json.dumps(CONFIGS[weight["name"]]))
+        elif path.suffix == ".bin":
+            pickled(makers[weight["name"]](path.parent), path)
         else:
             safetensors.torch.save_file(makers[weight["name"]](path.parent), str(path))

@@ -6,7 +6,7 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
-from canvas import NOTE, bare, complete, dump, entries, growth, needs, to_api, to_canvas, told, widget_values
+from canvas import NOTE, bare, complete, dump, entries, growth, models, needs, to_api, to_canvas, told, widget_values
 from graph_picture import draw
 from PIL import Image
 from thumbnail import save_thumbnail
@@ -81,8 +81,9 @@ def test_template_shows_the_pack_and_runs_anywhere(path):
     graph = load(path.parent / "api" / path.name)
     assert any(node["class_type"].startswith("Tessera") for node in graph.values())
     values = [value for node in graph.values() for value in node["inputs"].values() if isinstance(value, str)]
-    files = {value for value in values if value.endswith(".safetensors")}
-    carried, offered = {p.name for p in (ROOT / "models").glob("*.safetensors")}, {w["name"] for w in needs(graph)}
+    files = models(value for value in values if value.endswith((".safetensors", ".gguf", "/transformer")))
+    carried = {p.name for folder in ("models", "presets/calibrations") for p in (ROOT / folder).glob("*.safetensors")}
+    offered = models(weight["name"] for weight in needs(graph))
     assert files <= carried | offered, "the pack neither carries this model nor says where it is"
     assert not offered or files == offered
     for weight in needs(graph):
