@@ -7,18 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from calibration_helper import job_of
 from nodes_helper import Job, error, model_of, run_node
 from quantized_helper import LAYER, folder, loaded, lora, quantized, with_lora  # noqa: F401 - a fixture
 
 import comfy.model_management  # isort: skip
 import comfy.sd  # isort: skip
-import folder_paths  # isort: skip
 
 from tessera.methods.files.header import read_header
 from tessera.methods.quant.formats import FORMATS
-from tessera.nodes.loaders.calibrate_quantization import CalibrateQuantization
-from tessera.nodes.loaders.load_calibration import LoadCalibration
 from tessera.nodes.loaders.quantize_model import QuantizeModel
 from tessera.patching import quantize as m
 from tessera.patching.quant_layout import is_packed
@@ -67,25 +63,6 @@ def test_activations_and_rotations(activations, rotation):
     assert torch.equal(short(spec)(loaded("flux.safetensors")), short(spec)(made))
     params = made.get_model_object(f"diffusion_model.{LAYER['flux']}.weight")._params
     assert (params.activation, params.rotation) == (activations, rotation)
-
-
-def test_a_calibration_is_recorded_saved_and_used(tmp_path, monkeypatch):
-    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path / "output"))
-    model, spec = model_of("flux")
-    out = run_node(CalibrateQuantization, **job_of(model, spec, steps=3), model=model, rows=32, filename="mine")
-    found, latent = out[0], out[1]
-    assert torch.equal(latent["samples"], Job(spec, steps=3, seed=7)(model)), "the run is the plain one"
-    assert not model.model.diffusion_model.double_blocks[0].img_mlp[0]._forward_pre_hooks
-    again, about = run_node(LoadCalibration, calibration="mine.safetensors")
-    assert about.startswith("20 layers") and again.layers.keys() == found.layers.keys()
-    _, made, _, _ = quantized("flux", "int4_g64", activations="int4", rotation="zigzag_hadamard", calibration=again)
-    assert made.get_model_object(f"diffusion_model.{LAYER['flux']}.weight")._params.permutation is not None
-    assert torch.equal(short(spec)(loaded("flux.safetensors")), short(spec)(made))
-    with pytest.raises(ValueError, match="connect a calibration"):
-        quantized("flux", "int4_g64", rotation="zigzag_hadamard")
-    other, _ = model_of("wan_meta")
-    with pytest.raises(ValueError, match="calibration"):
-        run_node(QuantizeModel, model=other, filename="other", calibration=again)
 
 
 def test_loras_are_baked_in():
