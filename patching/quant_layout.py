@@ -5,7 +5,7 @@ branch takes the original x; SVDQuant's correction and the LoRA that lie on the 
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,8 +119,8 @@ def with_branch(weight: QuantizedTensor, down: torch.Tensor, up: torch.Tensor) -
     """The weight with down [r, K], up [N, r] added to its branch."""
     params = weight._params
     if params.down is not None:
-        down = torch.cat((params.down, down.to(params.down)))
-        up = torch.cat((params.up, up.to(params.up)), dim=1)
+        down = torch.cat((params.down.to(down), down))
+        up = torch.cat((params.up.to(up), up), dim=1)
     return QuantizedTensor(weight._qdata, NAME, dataclasses.replace(params, down=down, up=up))
 
 
@@ -149,37 +149,41 @@ def shifts(weight: QuantizedTensor) -> bool:
     return False
 
 
-@register_layout_op(torch.ops.aten.linear.default, PackedLayout)
-def _linear(_, args: Sequence[Any], kwargs: Any) -> torch.Tensor:
-    x, weight, bias = args[0], args[1], args[2] if len(args) > 2 else None
-    if not is_packed(weight) or weight._params.transposed or isinstance(x, QuantizedTensor):
-        return torch.nn.functional.linear(*dequantize_args((x, weight, bias)))
-    return product(x, weight, bias)
+def register_products(layout: type[QuantizedLayout], name: str, product: Callable[..., torch.Tensor]) -> None:
+    """torch's linear by product(x, weight, bias), also as the t, mm and addmm that autograd makes of it."""
+    linear = torch.nn.functional.linear
+
+    def mine(x: Any, weight: Any, transposed: bool) -> bool:
+        known = isinstance(weight, QuantizedTensor) and weight._layout_cls == name
+        return known and weight._params.transposed == transposed and not isinstance(x, QuantizedTensor)
+
+    def turned(weight: QuantizedTensor) -> QuantizedTensor:
+        params = weight._params
+        shape = params.orig_shape[::-1]
+        return QuantizedTensor(
+            weight._qdata, name, dataclasses.replace(params, orig_shape=shape, transposed=not params.transposed)
+        )
+
+    @register_layout_op(torch.ops.aten.linear.default, layout)
+    def _linear(_, args: Sequence[Any], kwargs: Any) -> torch.Tensor:
+        x, weight, bias = args[0], args[1], args[2] if len(args) > 2 else None
+        return product(x, weight, bias) if mine(x, weight, False) else linear(*dequantize_args((x, weight, bias)))
+
+    @register_layout_op(torch.ops.aten.t.default, layout)
+    def _t(_, args: Sequence[Any], kwargs: Any) -> QuantizedTensor:
+        return turned(args[0])
+
+    @register_layout_op(torch.ops.aten.mm.default, layout)
+    def _mm(_, args: Sequence[Any], kwargs: Any) -> torch.Tensor:
+        x, weight = args
+        return product(x, turned(weight), None) if mine(x, weight, True) else torch.mm(*dequantize_args((x, weight)))
+
+    @register_layout_op(torch.ops.aten.addmm.default, layout)
+    def _addmm(_, args: Sequence[Any], kwargs: Any) -> torch.Tensor:
+        bias, x, weight = args
+        if mine(x, weight, True) and not kwargs:
+            return product(x, turned(weight), bias)
+        return torch.addmm(*dequantize_args(tuple(args)), **kwargs)
 
 
-@register_layout_op(torch.ops.aten.t.default, PackedLayout)
-def _t(_, args: Sequence[Any], kwargs: Any) -> QuantizedTensor:
-    weight = args[0]
-    params = dataclasses.replace(
-        weight._params, orig_shape=weight._params.orig_shape[::-1], transposed=not weight._params.transposed
-    )
-    return QuantizedTensor(weight._qdata, NAME, params)
-
-
-def _behind(x: Any, weight: Any, bias: Any) -> torch.Tensor | None:
-    """x @ weight + bias where the weight is a transposed packed one."""
-    if not is_packed(weight) or not weight._params.transposed or isinstance(x, QuantizedTensor):
-        return None
-    return product(x, _t(None, (weight,), {}), bias)
-
-
-@register_layout_op(torch.ops.aten.mm.default, PackedLayout)
-def _mm(_, args: Sequence[Any], kwargs: Any) -> torch.Tensor:
-    found = _behind(args[0], args[1], None)
-    return torch.mm(*dequantize_args((args[0], args[1]))) if found is None else found
-
-
-@register_layout_op(torch.ops.aten.addmm.default, PackedLayout)
-def _addmm(_, args: Sequence[Any], kwargs: Any) -> torch.Tensor:
-    found = _behind(args[1], args[2], args[0]) if not kwargs else None
-    return torch.addmm(*dequantize_args(tuple(args)), **kwargs) if found is None else found
+register_products(PackedLayout, NAME, product)

@@ -20,6 +20,7 @@ from . import quant_parts
 from .quant_layout import quantized
 from .quant_ops import operations, ours
 from .quant_parts import together
+from .quant_patcher import patched
 
 log = logging.getLogger("tessera")
 OWN = (FORMAT, quant_parts.FORMAT)
@@ -43,7 +44,7 @@ def load(path: str, roots: tuple[str, ...] = (), disable_dynamic: bool = False) 
             f"{next(iter(tensors), 'missing')}); load text encoders and VAEs with their own loaders."
         )
     model.cached_patcher_init = (load, (path, roots))
-    return model
+    return patched(model) if own else model
 
 
 def _compute_dtype() -> torch.dtype:

@@ -21,13 +21,16 @@ NO_DENSE = (
     "A patch of full rank cannot be put on a layer {} of nunchaku's that shifts its activations; use a LoRA of low rank, or "
     "the model in another format."
 )
-LORA_TOLERANCE = 1e-3  # part of a patch's norm that its factors may leave out: below what bf16 weights round away
+LORA_TOLERANCE = 5e-4  # part of a patch's norm that its factors may leave out: below what bf16 weights round away
+NOISE = 2**-22  # of the weight's norm: what adding a patch in fp32 rounds away, of full rank
 
 
 def branch_of(weight: torch.Tensor, patched: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """(down, up) with up @ down = patched - weight, both [N, K] dense; None where that has no low rank."""
+    """fp32 (down, up) with up @ down = patched - weight, both [N, K] dense; None where that has no low rank."""
     most = min(MOST_RANK, min(weight.shape) // 2)
-    found = low_rank_of(patched.float() - weight.float(), LORA_TOLERANCE, most)
+    delta = patched.float() - weight.float()
+    noise = NOISE * float(weight.float().norm()) / max(float(delta.norm()), 1e-30)
+    found = low_rank_of(delta, max(LORA_TOLERANCE, noise), most)
     return None if found is None else found[::-1]
 
 
@@ -71,22 +74,40 @@ class PackedLinear:
             found[f"{prefix}comfy_quant"] = mark(layout.described(self.weight))
         return found
 
+    def _apply(self, fn, recurse=True):
+        """Core wraps each weight anew, which torch refuses in inference mode for one that was loaded outside of it."""
+        held = self._parameters.get("weight")
+        if ours(held) is None:
+            return super()._apply(fn, recurse)
+        self._parameters["weight"] = None
+        super()._apply(fn, recurse)
+        moved = fn(held)
+        if moved is not held:
+            moved = moved.clone() if moved.is_inference() and not torch.is_inference_mode_enabled() else moved
+            held = torch.nn.Parameter(moved, requires_grad=False)
+        self._parameters["weight"] = held
+        return self
+
+    def is_ours(self) -> bool:
+        """Whether it was loaded with a packed weight of ours, which a patch may have made dense meanwhile."""
+        return getattr(self, "layout_type", None) in LAYOUTS
+
     def convert_weight(self, weight, inplace=False, **kwargs):
-        """Dense for core to patch: in fp32, so that the rounding of a half-precision sum does not hide a LoRA's low rank."""
+        """Core asks for fp16 on most devices: adding a LoRA there rounds the weight, and the difference has full rank."""
         if ours(weight) is None:
-            return super().convert_weight(weight, inplace=inplace, **kwargs)
+            return super().convert_weight(weight, inplace, **kwargs)
         return weight.to(dtype=torch.float32).dequantize()
 
     def set_weight(self, weight, inplace_update=False, seed=None, return_weight=False, **kwargs):
         """weight: dense and patched. What the patches added goes into the branch of the packed weight."""
-        if getattr(self, "layout_type", None) not in LAYOUTS:
+        if not self.is_ours():
             return super().set_weight(weight, inplace_update, seed, return_weight, **kwargs)
         made, layout = weight.to(self.weight.dtype), ours(self.weight)
         if layout is not None:
             before = self.weight.to(device=weight.device)
             factors = branch_of(before.to(dtype=torch.float32).dequantize(), weight)
             if factors is not None:
-                made = layout.with_branch(before, *(f.to(made.dtype) for f in factors))
+                made = layout.with_branch(before, *factors)
             elif layout.shifts(before):
                 raise ValueError(NO_DENSE.format([*weight.shape]))
         if return_weight:
@@ -95,7 +116,7 @@ class PackedLinear:
         return None
 
     def forward(self, input, *args, **kwargs):
-        if getattr(self, "layout_type", None) not in LAYOUTS:
+        if not self.is_ours():
             return super().forward(input, *args, **kwargs)
         comfy.ops.run_every_op()
         with Untouched(self) as functions:
@@ -109,6 +130,8 @@ class PackedLinear:
 
     def _multiplied(self, x, weight, bias, functions: tuple[Callable, ...]):
         linear, layout = torch.nn.functional.linear, ours(weight)
+        if not functions:
+            self._lora = None  # patches of an earlier run, and the LoRA that they hold
         if layout is None:
             return linear(x, _through(weight.to(x.dtype), functions), bias)
         if not functions:

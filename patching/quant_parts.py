@@ -16,13 +16,15 @@ from comfy_kitchen.tensor import (
     QuantizedTensor,
     TensorCoreAWQW4A16Layout,
     TensorCoreSVDQuantW4A4Layout,
-    dequantize_args,
     register_layout_class,
-    register_layout_op,
 )
 
 from ..methods.files.nunchaku_layout import GROUP, AwqLinear, SvdLinear
+from .quant_layout import register_products
 
+LINEAR = (
+    torch.ops.aten.linear.default
+)  # called on the layout itself: outside of inference mode torch takes it apart first
 NAME = "TesseraPartsLayout"
 FORMAT = "tessera_parts"
 FLAT = ("scale", "zeros", "smooth", "proj_down", "proj_up", "down", "up")
@@ -180,7 +182,8 @@ def product(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None)
     for part, tensors in _split(weight._qdata, params):
         inputs = x if params.axis == "rows" else x[..., at : at + part.columns]
         at += part.columns
-        outputs.append(linear(inputs.contiguous(), _kitchen(part, _natural(part, tensors), x.dtype)))
+        own = _kitchen(part, _natural(part, tensors), x.dtype)
+        outputs.append(QuantizedTensor.__torch_dispatch__(LINEAR, (QuantizedTensor,), (inputs.contiguous(), own)))
     y = torch.cat(outputs, dim=-1) if params.axis == "rows" else sum(outputs[1:], outputs[0])
     if params.up is not None:
         y = y + linear(linear(x, params.down.to(x)), params.up.to(x))
@@ -191,7 +194,7 @@ def with_branch(weight: QuantizedTensor, down: torch.Tensor, up: torch.Tensor) -
     """The weight with down [r, K], up [N, r] added to what LoRA add."""
     params = weight._params
     if params.down is not None:
-        down, up = torch.cat((params.down, down.to(params.down))), torch.cat((params.up, up.to(params.up)), dim=1)
+        down, up = torch.cat((params.down.to(down), down)), torch.cat((params.up.to(up), up), dim=1)
     return QuantizedTensor(weight._qdata, NAME, dataclasses.replace(params, down=down, up=up))
 
 
@@ -222,9 +225,4 @@ def shifts(weight: QuantizedTensor) -> bool:
     return any(part.unsigned for part in weight._params.parts)
 
 
-@register_layout_op(torch.ops.aten.linear.default, PartsLayout)
-def _linear(_, args: Any, kwargs: Any) -> torch.Tensor:
-    x, weight, bias = args[0], args[1], args[2] if len(args) > 2 else None
-    if not isinstance(weight, QuantizedTensor) or isinstance(x, QuantizedTensor):
-        return torch.nn.functional.linear(*dequantize_args((x, weight, bias)))
-    return product(x, weight, bias)
+register_products(PartsLayout, NAME, product)

@@ -17,6 +17,7 @@ from ..methods.quant.keep_list import select
 from ..methods.quant.recipe import MARK, mark
 from .quant_layer import Asked, Made, made
 from .quant_load import load
+from .quant_patcher import PackedPatcher, patched
 from .sampling import Progress
 from .sizes import fingerprint
 
@@ -160,6 +161,7 @@ def _like(fresh: Any, model: Any) -> Any:
     made.patches, made.patches_uuid = {}, fresh.patches_uuid
     made.cached_patcher_init, made.clone_base_uuid = fresh.cached_patcher_init, fresh.clone_base_uuid
     made.parent, made.size = None, 0  # of the other model
+    made = patched(made) if isinstance(fresh, PackedPatcher) else made
     made.model_size()
     return made
 
