@@ -25,7 +25,7 @@ from tessera.patching.quant_ops import ours
 LIMIT = {"nunchaku": 0.3}  # activations in int4: the last bit of a sum decides how all that follows is rounded
 LAYERS = {"nunchaku": "single_blocks.0.linear2"}
 FORMATS = ("tlq4", "svdquant", "gguf", "nunchaku")
-SOME = r"^(?!double_blocks\.0\.img)"  # exclude: all but the layers that are patched here
+SOME = r"^(?!double_blocks\.0\.img_(attn\.(qkv|proj)|mlp))"  # exclude: all but the layers that are patched here
 
 
 def layer_of(kind: str) -> str:
