@@ -63,6 +63,7 @@ class PackedLinear:
         _check_size(prefix, weight, self._orig_shape)
         self.quant_format, self.layout_type = layout.FORMAT, layout.NAME
         self.weight = torch.nn.Parameter(weight, requires_grad=False)
+        self.weight._params = weight._params  # still views of the file: a Parameter holds copies of them
         torch.nn.Module._load_from_state_dict(self, state_dict, prefix, *rest)  # the bias
         if f"{prefix}weight" in missing:
             missing.remove(f"{prefix}weight")
