@@ -36,7 +36,7 @@ def load(path: str, roots: tuple[str, ...] = (), disable_dynamic: bool = False) 
     options = {"custom_operations": operations(_compute_dtype(), _emulated())} if own else {}
     try:
         model = comfy.sd.load_diffusion_model_state_dict(tensors, options, metadata, disable_dynamic=disable_dynamic)
-    except RuntimeError as error:  # sizes that do not fit the model, as torch lists them
+    except (RuntimeError, ValueError) as error:  # sizes that do not fit the model, as torch or a layer says it
         raise ValueError(f"{name}: {' '.join(str(error).split())[:600]}") from error
     if model is None:
         raise ValueError(
@@ -79,7 +79,20 @@ def _read(file: SafetensorsFile | GgufFile) -> tuple[dict[str, Any], dict[str, s
         if told["format"] in OWN:
             del tensors[key]
             tensors[f"{layer}.weight"] = _own(file.path.name, layer, told, tensors)
+    _check_plain(file.path.name, tensors)
     return tensors, metadata
+
+
+def _check_plain(file: str, tensors: dict[str, Any]) -> None:
+    """Codes are no weights: ComfyUI would make numbers of them where a layer's settings are missing."""
+    for key, tensor in tensors.items():
+        layer = key.removesuffix(".weight")
+        codes = type(tensor) is torch.Tensor and tensor.ndim == 2 and not tensor.is_floating_point()
+        if codes and layer != key and layer + MARK not in tensors:
+            raise ValueError(
+                f"{file}: layer {layer}: its weight is {str(tensor.dtype)[6:]} {[*tensor.shape]} and nothing says how it is "
+                "quantized; the file is damaged."
+            )
 
 
 def _nunchaku(file: SafetensorsFile) -> dict[str, Any]:
@@ -103,4 +116,10 @@ def _own(file: str, layer: str, told: dict[str, Any], tensors: dict[str, Any]) -
     if told["format"] == quant_parts.FORMAT:
         return quant_parts.read(file, layer, told, tensors, WEIGHTS)
     weight, extra = read_layer(file, layer, told, tensors)
-    return quantized(weight, WEIGHTS, **extra)
+    for name, part in extra.items():
+        if isinstance(part, torch.Tensor) and part.is_floating_point() != (name != "permutation"):
+            raise ValueError(f"{file}: layer {layer}: weight_{name} is {str(part.dtype)[6:]}; the file is damaged.")
+    try:
+        return quantized(weight, WEIGHTS, **extra)
+    except ValueError as error:
+        raise ValueError(f"{file}: layer {layer}: {str(error).rstrip('.')}; the file is damaged.") from error

@@ -57,6 +57,8 @@ class PackedLinear:
         weight = state_dict.get(f"{prefix}weight")
         layout = ours(weight)
         if layout is None:
+            if weight is not None and f"{prefix}comfy_quant" not in state_dict:
+                _check_size(prefix, weight, self._orig_shape)
             super()._load_from_state_dict(state_dict, prefix, *rest)
             return
         state_dict.pop(f"{prefix}weight")

@@ -175,6 +175,7 @@ def _kitchen(part: Part, natural: SvdLinear | AwqLinear, dtype: torch.dtype) -> 
     return QuantizedTensor(natural.qweight, "TensorCoreSVDQuantW4A4Layout", params)
 
 
+@torch.compiler.disable  # it makes comfy_kitchen's tensors, which a traced graph cannot
 def product(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x [..., K] -> [..., N]."""
     params, at, outputs = weight._params, 0, []

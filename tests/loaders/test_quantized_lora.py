@@ -5,59 +5,27 @@ import weakref
 
 import pytest
 import torch
-from calibration_helper import job_of
-from loading_helper import WIDE, NunchakuFile, write_gguf
-from nodes_helper import Job, error, model_of, run_node
-from quantized_helper import LAYER, lora, quantized, with_lora
+from loading_helper import WIDE
+from nodes_helper import Job, error, model_of
+from quantized_files import FORMATS, files, opened  # noqa: F401 - a fixture
+from quantized_helper import LAYER, lora, with_lora
 from safetensors.torch import save_file
 
 import comfy.hooks  # isort: skip
 import comfy.lora  # isort: skip
 import comfy.model_management  # isort: skip
 import comfy.weight_adapter  # isort: skip
-import folder_paths  # isort: skip
 from tiny_models import conds  # isort: skip
 
-from tessera.nodes.loaders.calibrate_quantization import CalibrateQuantization
 from tessera.patching.quant_load import load
 from tessera.patching.quant_ops import ours
 
 LIMIT = {"nunchaku": 0.3}  # activations in int4: the last bit of a sum decides how all that follows is rounded
 LAYERS = {"nunchaku": "single_blocks.0.linear2"}
-FORMATS = ("tlq4", "svdquant", "gguf", "nunchaku")
-SOME = r"^(?!double_blocks\.0\.img_(attn\.(qkv|proj)|mlp))"  # exclude: all but the layers that are patched here
 
 
 def layer_of(kind: str) -> str:
     return LAYERS.get(kind, LAYER["flux"])
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """One file of each kind, of a tiny FLUX."""
-    folder = tmp_path_factory.mktemp("models")
-    known = dict(folder_paths.folder_names_and_paths)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            folder_paths, "folder_names_and_paths", known | {"diffusion_models": ([str(folder)], {".safetensors"})}
-        )
-        patch.setattr(folder_paths, "get_output_directory", lambda: str(folder / "output"))
-        model, spec = model_of("flux")
-        run = run_node(CalibrateQuantization, **job_of(model, spec, steps=2), model=model, rows=32, filename="c")
-        quantized("flux", "tlq4", rotation="hadamard_random", exclude=SOME)
-        (folder / "flux.safetensors").rename(folder / "tlq4.safetensors")
-        how = {"rotation": "zigzag_hadamard", "calibration": run[0], "exclude": SOME}
-        quantized("flux", "svdquant_int4", **how)
-        (folder / "flux.safetensors").rename(folder / "svdquant.safetensors")
-    write_gguf(folder / "gguf.gguf", "flux", ("Q4_K", "Q6_K"))
-    torch.manual_seed(0)
-    NunchakuFile("flux").write(folder / "nunchaku.safetensors")
-    return folder
-
-
-def opened(files, kind: str):
-    found = [path for path in files.iterdir() if path.stem == kind]
-    return load(str(found[0]))
 
 
 @pytest.fixture(params=FORMATS)
@@ -66,7 +34,7 @@ def kind(request):
 
 
 @pytest.fixture
-def model(files, kind):
+def model(files, kind):  # noqa: F811
     return opened(files, kind)
 
 
@@ -151,7 +119,7 @@ def full_rank(model, layer: str):
     return {key: ("diff", (torch.randn(model.get_model_object(key).shape, generator=generator) * 0.02,))}
 
 
-def test_a_patch_of_full_rank(files, kind):
+def test_a_patch_of_full_rank(files, kind):  # noqa: F811
     """Makes its layer dense; refused where a dense weight cannot stand for the layer."""
     model, layer = opened(files, kind), layer_of(kind)
     patch = full_rank(model, layer)
@@ -271,7 +239,7 @@ def test_hooks(model, kind):
     assert torch.equal(job(model), plain)
 
 
-def test_saved_and_loaded_again(model, kind, files, tmp_path):
+def test_saved_and_loaded_again(model, kind, files, tmp_path):  # noqa: F811
     layer = layer_of(kind)
     plain = sampled(model, kind)
     patched = with_lora(model, lora(model, layer))
@@ -292,7 +260,7 @@ def test_saved_and_loaded_again(model, kind, files, tmp_path):
     assert torch.equal(sampled(model.clone(), kind), plain)
 
 
-def test_unloading_frees_memory(files, kind):
+def test_unloading_frees_memory(files, kind):  # noqa: F811
     model = opened(files, kind)
     patched = with_lora(model, lora(model, layer_of(kind)))
     sampled(patched, kind)
