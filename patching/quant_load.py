@@ -17,6 +17,7 @@ from ..methods.files.nunchaku_keys import is_nunchaku, plan
 from ..methods.files.safetensors_file import SafetensorsFile
 from ..methods.quant.recipe import FORMAT, MARK, read_layer, read_mark
 from . import quant_parts
+from .quant_branched import keep_loras_beside
 from .quant_layout import quantized
 from .quant_ops import operations, ours
 from .quant_parts import together
@@ -44,7 +45,8 @@ def load(path: str, roots: tuple[str, ...] = (), disable_dynamic: bool = False) 
             f"{next(iter(tensors), 'missing')}); load text encoders and VAEs with their own loaders."
         )
     model.cached_patcher_init = (load, (path, roots))
-    return patched(model) if own else model
+    beside = keep_loras_beside(model.model.diffusion_model)
+    return patched(model) if own or beside else model
 
 
 def _compute_dtype() -> torch.dtype:

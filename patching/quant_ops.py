@@ -148,14 +148,18 @@ class PackedLinear:
         return layout.product(x, weight, bias) + linear(linear(x, down), up)
 
     def _factors(self, weight, functions: tuple[Callable, ...]):
-        """(down, up) of patches that are applied at each call; None where they are of high rank, or no LoRA of core's,
-        whose effect might change from call to call."""
-        if not all(getattr(f, "is_lowvram_patch", False) for f in functions):
-            return None
         if self._lora is None or self._lora[0] != functions:
-            dense = weight.to(dtype=torch.float32).dequantize()
-            self._lora = functions, branch_of(dense, _through(dense.clone(), functions))  # core adds in place
+            self._lora = functions, factors_of(weight, functions)
         return self._lora[1]
+
+
+def factors_of(weight: Any, functions: tuple[Callable, ...]) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """(down, up) of patches that are applied at each call; None where they are of high rank, or no LoRA of core's, whose
+    effect might change from call to call."""
+    if not all(getattr(f, "is_lowvram_patch", False) for f in functions):
+        return None
+    dense = weight.to(dtype=torch.float32).dequantize()
+    return branch_of(dense, _through(dense.clone(), functions))  # core adds in place
 
 
 def _check_size(prefix: str, weight: torch.Tensor, wanted: tuple[int, int]) -> None:

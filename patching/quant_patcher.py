@@ -5,12 +5,14 @@ Core writes the patched weight into the old one's memory, which a packed weight 
 the layer gets the other tensor. Kept for the next switch is the packed weight with its branch, not a dense one.
 """
 
+import contextlib
 import functools
 from typing import Any
 
 import comfy.utils
 import torch
 
+from .quant_branched import BranchedLinear, saving
 from .quant_ops import PackedLinear
 
 
@@ -21,19 +23,34 @@ class PackedPatcher:
     hook_backup: dict[str, Any]
     cached_hook_patches: dict[Any, dict[str, Any]]
     _parts = True  # whether the state dict names the parts of packed weights
+    _whole = True  # whether it holds what LoRA add, where that takes a moment
 
-    def _packed(self, key: str) -> PackedLinear | None:
+    def _packed(self, key: str) -> PackedLinear | BranchedLinear | None:
         """The layer whose weight this is, where that is one of ours."""
         module, _, name = key.rpartition(".")
         owner = comfy.utils.get_attr(self.model, module) if name == "weight" else None
-        return owner if isinstance(owner, PackedLinear) and owner.is_ours() else None
+        mine = (isinstance(owner, PackedLinear) and owner.is_ours()) or isinstance(owner, BranchedLinear)
+        return owner if mine else None
 
     def clone(self, *args, **kwargs):
         return patched(super().clone(*args, **kwargs))  # type: ignore[misc]
 
     def model_state_dict(self, filter_prefix=None):
-        found = super().model_state_dict(filter_prefix)  # type: ignore[misc]
+        with while_saving(self._whole):
+            found = super().model_state_dict(filter_prefix)  # type: ignore[misc]
         return found if self._parts else {key: found[key] for key in found if self._exists(key)}
+
+    def model_state_dict_for_saving(self, *args, **kwargs):
+        with while_saving(True):
+            return super().model_state_dict_for_saving(*args, **kwargs)  # type: ignore[misc]
+
+    def add_patches(self, *args, **kwargs):
+        """Core asks for the whole state dict only to know its keys."""
+        self._whole = False
+        try:
+            return super().add_patches(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self._whole = True
 
     def _exists(self, key: str) -> bool:
         module, _, name = key.rpartition(".")
@@ -65,6 +82,15 @@ class PackedPatcher:
             if (not whitelist_keys_set or key in whitelist_keys_set) and (owner := self._packed(key)) is not None:
                 owner.weight = _parameter(*self.hook_backup.pop(key))
         super().unpatch_hooks(whitelist_keys_set)  # type: ignore[misc]
+
+
+@contextlib.contextmanager
+def while_saving(whole: bool):
+    token = saving.set(whole)
+    try:
+        yield
+    finally:
+        saving.reset(token)
 
 
 def _parameter(weight: torch.Tensor, device: torch.device) -> torch.nn.Parameter:

@@ -12,6 +12,7 @@ from comfy_kitchen.tensor import QuantizedTensor
 from ..kernels._triton import triton
 from ..kernels.quant.packed import GGUF_BLOCKS
 from . import quant_layout, quant_parts
+from .quant_branched import is_branched
 
 NATIVE = {  # core's layouts: whether the device multiplies in them
     "TensorCoreFP8E4M3Layout": ("fp8_e4m3", comfy.model_management.supports_fp8_compute),
@@ -54,6 +55,7 @@ def rows_of(model: Any) -> list[Row]:
 
 
 def row_of(name: str, module: Any, weight: torch.Tensor, device: torch.device) -> Row:
+    weight = weight._params.base if is_branched(weight) else weight
     numbers = max(weight.numel(), 1)
     if not isinstance(weight, QuantizedTensor):
         size = weight.numel() * weight.element_size()

@@ -12,7 +12,7 @@ import folder_paths  # isort: skip
 from tessera.nodes.loaders.calibrate_quantization import CalibrateQuantization
 from tessera.patching.quant_load import load
 
-FORMATS = ("tlq4", "svdquant", "gguf", "nunchaku")
+FORMATS = ("tlq4", "svdquant", "gguf", "nunchaku", "fp8")  # fp8: in ComfyUI's own layout
 SOME = r"^(?!double_blocks\.0\.img_(attn\.(qkv|proj)|mlp))"  # exclude: all but the layers that are patched here
 _made: list = []
 
@@ -33,6 +33,8 @@ def files(tmp_path_factory):
         run = run_node(CalibrateQuantization, **job_of(model, spec, steps=2), model=model, rows=32, filename="c")
         quantized("flux", "tlq4", rotation="hadamard_random", exclude=SOME)
         (folder / "flux.safetensors").rename(folder / "tlq4.safetensors")
+        quantized("flux", "fp8_e4m3", exclude=SOME)
+        (folder / "flux.safetensors").rename(folder / "fp8.safetensors")
         how = {"rotation": "zigzag_hadamard", "calibration": run[0], "exclude": SOME}
         quantized("flux", "svdquant_int4", **how)
         (folder / "flux.safetensors").rename(folder / "svdquant.safetensors")

@@ -120,7 +120,7 @@ def full_rank(model, layer: str):
 
 
 def test_a_patch_of_full_rank(files, kind):  # noqa: F811
-    """Makes its layer dense; refused where a dense weight cannot stand for the layer."""
+    """Makes its layer dense; refused where a dense weight cannot stand for the layer; in core's formats quantized anew."""
     model, layer = opened(files, kind), layer_of(kind)
     patch = full_rank(model, layer)
     if kind == "nunchaku":
@@ -136,8 +136,9 @@ def test_a_patch_of_full_rank(files, kind):  # noqa: F811
     wanted = (dense + patch[f"diffusion_model.{layer}.weight"][1][0]) @ x.T
     bias = 0 if module.bias is None else module.bias
     got = module_of(patched, layer)(x)
-    assert ours(module.weight) is None and error(got, wanted.T + bias) < 5e-3  # rounded to bf16, as it is kept
-    assert ours(module_of(model, layer).weight) is not None
+    assert error(got, wanted.T + bias) < (0.1 if kind == "fp8" else 5e-3)  # rounded to bf16, or fp8, as it is kept
+    assert ours(module.weight) is None
+    assert kind == "fp8" or ours(module_of(model, layer).weight) is not None
 
 
 def test_biases(model, kind):
@@ -206,7 +207,7 @@ def test_unloading_by_parts(model, kind):
     freed = patched.partially_unload(patched.offload_device, 1 << 18)
     assert freed > 0 and error(sampled(patched, kind), want) < LIMIT.get(kind, 1e-5)
     patched.detach()
-    assert ours(patched.model.diffusion_model.get_submodule(layer).weight) is not None
+    assert kind == "fp8" or ours(patched.model.diffusion_model.get_submodule(layer).weight) is not None
     assert error(sampled(patched, kind), want) < 1e-5
     comfy.model_management.unload_all_models()
     assert torch.equal(sampled(model, kind), plain)
@@ -244,7 +245,8 @@ def test_saved_and_loaded_again(model, kind, files, tmp_path):  # noqa: F811
     plain = sampled(model, kind)
     patched = with_lora(model, lora(model, layer))
     want = sampled(patched, kind)
-    for made, expected, limit in ((model, plain, 1e-6), (patched, want, 1e-5)):
+    baked = 0.1 if kind == "fp8" else 1e-5  # core's formats have no room for a branch
+    for made, expected, limit in ((model, plain, 1e-6), (patched, want, baked)):
         for name in ("model_state_dict", "state_dict_for_saving"):
             comfy.model_management.load_models_gpu([made])
             found = getattr(made, name)()
