@@ -45,10 +45,16 @@ class PackedPatcher:
             return super().model_state_dict_for_saving(*args, **kwargs)  # type: ignore[misc]
 
     def add_patches(self, *args, **kwargs):
-        """Core asks for the whole state dict only to know its keys."""
+        return self._for_keys(super().add_patches, *args, **kwargs)  # type: ignore[misc]
+
+    def patch_hooks(self, *args, **kwargs):
+        return self._for_keys(super().patch_hooks, *args, **kwargs)  # type: ignore[misc]
+
+    def _for_keys(self, call, *args, **kwargs):
+        """What asks core for the whole state dict only to know its keys."""
         self._whole = False
         try:
-            return super().add_patches(*args, **kwargs)  # type: ignore[misc]
+            return call(*args, **kwargs)
         finally:
             self._whole = True
 
