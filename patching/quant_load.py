@@ -17,6 +17,7 @@ from ..methods.files.nunchaku_keys import is_nunchaku, plan
 from ..methods.files.safetensors_file import SafetensorsFile
 from ..methods.quant.recipe import FORMAT, MARK, read_layer, read_mark
 from . import quant_parts
+from .load_checks import Heard, check_config, check_marks, check_model
 from .quant_layout import quantized
 from .quant_ops import operations, ours
 from .quant_parts import together
@@ -33,15 +34,31 @@ def load(path: str, roots: tuple[str, ...] = (), disable_dynamic: bool = False) 
     tensors, metadata = _read(open_model(path, roots))
     own = any(ours(tensor) is not None for tensor in tensors.values())
     options = {"custom_operations": operations(_compute_dtype(), _emulated())} if own else {}
+    check_config(name, metadata, len(tensors))
     try:
-        model = comfy.sd.load_diffusion_model_state_dict(tensors, options, metadata, disable_dynamic=disable_dynamic)
+        with Heard() as heard:
+            model = comfy.sd.load_diffusion_model_state_dict(
+                tensors, options, metadata, disable_dynamic=disable_dynamic
+            )
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
     except RuntimeError as error:  # sizes that do not fit the model, as torch lists them
         raise ValueError(f"{name}: {' '.join(str(error).split())[:600]}") from error
+    except (
+        LookupError,
+        AttributeError,
+        TypeError,
+        ArithmeticError,
+    ) as error:  # of core's detection, by names and sizes
+        raise ValueError(
+            f"{name}: ComfyUI cannot tell a model by its tensors ({type(error).__name__}: {error}); the file is damaged."
+        ) from error
     if model is None:
         raise ValueError(
             f"{name}: no diffusion transformer that this ComfyUI knows has these {len(tensors)} tensors (the first is "
             f"{next(iter(tensors), 'missing')}); load text encoders and VAEs with their own loaders."
         )
+    check_model(name, model.model.diffusion_model, heard)
     model.cached_patcher_init = (load, (path, roots))
     return model
 
@@ -78,6 +95,7 @@ def _read(file: SafetensorsFile | GgufFile) -> tuple[dict[str, Any], dict[str, s
         if told["format"] in OWN:
             del tensors[key]
             tensors[f"{layer}.weight"] = _own(file.path.name, layer, told, tensors)
+    check_marks(file.path.name, tensors)
     return tensors, metadata
 
 
@@ -102,4 +120,7 @@ def _own(file: str, layer: str, told: dict[str, Any], tensors: dict[str, Any]) -
     if told["format"] == quant_parts.FORMAT:
         return quant_parts.read(file, layer, told, tensors, WEIGHTS)
     weight, extra = read_layer(file, layer, told, tensors)
-    return quantized(weight, WEIGHTS, **extra)
+    try:
+        return quantized(weight, WEIGHTS, **extra)
+    except ValueError as error:
+        raise ValueError(f"{file}: layer {layer}: {error}") from error

@@ -20,6 +20,7 @@ from tessera.methods.quant.formats import FORMATS
 from tessera.nodes.loaders.calibrate_quantization import CalibrateQuantization
 from tessera.nodes.loaders.load_calibration import LoadCalibration
 from tessera.nodes.loaders.quantize_model import QuantizeModel
+from tessera.nodes.measure.quantization_report import QuantizationReport
 from tessera.patching import quantize as m
 from tessera.patching.quant_layout import is_packed
 
@@ -94,6 +95,24 @@ def test_loras_are_baked_in():
     made, _ = run_node(QuantizeModel, model=patched, format="int8_row", filename="baked")
     assert error(short(spec)(made), short(spec)(patched)) < 0.02 < error(short(spec)(made), short(spec)(model))
     assert not made.patches
+
+
+def test_a_lora_that_a_run_left_in_the_weights(folder):  # noqa: F811
+    """ComfyUI adds it to the weights that all clones share, and takes it out before the next run only."""
+    model, spec = model_of("flux")
+    patched = with_lora(model, lora(model, LAYER["flux"]))
+    plain, want = short(spec)(model), short(spec)(patched)
+    made, _ = run_node(QuantizeModel, model=model, format="int8_row", filename="plain")
+    assert error(short(spec)(made), plain) < 0.02
+    short(spec)(patched)
+    baked, _ = run_node(QuantizeModel, model=patched, format="int8_row", filename="baked")
+    _, rows = run_node(QuantizationReport, model=made, plain=model)
+    assert error(short(spec)(baked), want) < 0.02
+    assert max(row["error"] for row in json.loads(rows)) < 1e-3
+    with pytest.raises(ValueError, match="holds something else"):
+        run_node(QuantizeModel, model=model, format="int8_row", filename="baked", existing="reuse")
+    with pytest.raises(ValueError, match="cannot be told to hold the LoRAs"):
+        run_node(QuantizeModel, model=patched, format="int8_row", filename="baked", existing="reuse")
 
 
 def test_what_was_set_before_stays():
