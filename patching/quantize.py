@@ -89,7 +89,10 @@ def write(model: Any, asked: Asked, statistics: Statistics | None, path: Path, e
                 out.add(name, whole)
                 continue
             known = None if statistics is None else statistics.for_layer(layer, whole.shape[1])
-            done = made(whole, asked, known)
+            try:
+                done = made(whole, asked, known)
+            except ValueError as error:
+                raise ValueError(f"{layer}: {error}") from error
             for key, tensor in done.tensors.items():
                 out.add(f"{layer}.{key}", tensor)
             out.add(layer + MARK, mark(done.recipe))

@@ -22,6 +22,7 @@ from tessera.nodes.loaders.load_calibration import LoadCalibration
 from tessera.nodes.loaders.quantize_model import QuantizeModel
 from tessera.nodes.measure.quantization_report import QuantizationReport
 from tessera.patching import quantize as m
+from tessera.patching.quant_layer import Asked, made
 from tessera.patching.quant_layout import is_packed
 
 pytestmark = pytest.mark.usefixtures("folder")
@@ -87,6 +88,21 @@ def test_a_calibration_is_recorded_saved_and_used(tmp_path, monkeypatch):
     other, _ = model_of("wan_meta")
     with pytest.raises(ValueError, match="calibration"):
         run_node(QuantizeModel, model=other, filename="other", calibration=again)
+
+
+@pytest.mark.parametrize("format", STOCK)
+def test_a_layer_of_zeros_in_cores_formats(format):
+    done = made(torch.zeros(64, 64), Asked(format), None)
+    assert done.error == 0 and all(t.float().isfinite().all() for t in done.tensors.values())
+    with pytest.raises(ValueError, match="not finite"):
+        made(torch.full((64, 64), torch.nan), Asked(format), None)
+
+
+def test_a_refused_weight_is_named():
+    model, _ = model_of("flux")
+    patch = lora(model, LAYER["flux"], size=float("inf"))
+    with pytest.raises(ValueError, match=f"^{LAYER['flux']}: The weight .* not finite"):
+        run_node(QuantizeModel, model=with_lora(model, patch), format="mxfp8", filename="x")
 
 
 def test_loras_are_baked_in():
