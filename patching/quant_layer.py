@@ -8,6 +8,7 @@ import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
 from ..methods.quant.calibration import LayerStatistics
+from ..methods.quant.codebook import check_weight
 from ..methods.quant.formats import find
 from ..methods.quant.layer import quantize_layer
 from ..methods.quant.smooth import ALPHAS
@@ -82,7 +83,12 @@ def made(weight: torch.Tensor, asked: Asked, known: LayerStatistics | None) -> M
 
 def _core(weight: torch.Tensor, asked: Asked) -> Made:
     name, layout, arguments = CORE[asked.format]
-    found = QuantizedTensor.from_float(weight.to(torch.bfloat16), layout, **arguments)
+    check_weight(weight)
+    plain = weight.to(torch.bfloat16)
+    silent = not bool(plain.any())  # its scale would be 0, and 0 / 0 no number
+    found = QuantizedTensor.from_float(torch.ones_like(plain) if silent else plain, layout, **arguments)
+    if silent:
+        found._qdata.zero_()
     recipe: dict[str, Any] = {"format": name}
     if asked.format == "fp8_e4m3" and asked.activations == "none":
         recipe["full_precision_matrix_mult"] = True

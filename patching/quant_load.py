@@ -17,6 +17,7 @@ from ..methods.files.nunchaku_keys import is_nunchaku, plan
 from ..methods.files.safetensors_file import SafetensorsFile
 from ..methods.quant.recipe import FORMAT, MARK, read_layer, read_mark
 from . import quant_parts
+from .load_checks import Heard, check_config, check_marks, check_model
 from .quant_branched import keep_loras_beside
 from .quant_layout import quantized
 from .quant_ops import operations, ours
@@ -35,15 +36,29 @@ def load(path: str, roots: tuple[str, ...] = (), disable_dynamic: bool = False) 
     tensors, metadata = _read(open_model(path, roots))
     own = any(ours(tensor) is not None for tensor in tensors.values())
     options = {"custom_operations": operations(_compute_dtype(), _emulated())} if own else {}
+    check_config(name, metadata, len(tensors))
     try:
-        model = comfy.sd.load_diffusion_model_state_dict(tensors, options, metadata, disable_dynamic=disable_dynamic)
+        with Heard() as heard:
+            model = comfy.sd.load_diffusion_model_state_dict(
+                tensors, options, metadata, disable_dynamic=disable_dynamic
+            )
     except (RuntimeError, ValueError) as error:  # sizes that do not fit the model, as torch or a layer says it
         raise ValueError(f"{name}: {' '.join(str(error).split())[:600]}") from error
+    except (
+        LookupError,
+        AttributeError,
+        TypeError,
+        ArithmeticError,
+    ) as error:  # of core's detection, by names and sizes
+        raise ValueError(
+            f"{name}: ComfyUI cannot tell a model by its tensors ({type(error).__name__}: {error}); the file is damaged."
+        ) from error
     if model is None:
         raise ValueError(
             f"{name}: no diffusion transformer that this ComfyUI knows has these {len(tensors)} tensors (the first is "
             f"{next(iter(tensors), 'missing')}); load text encoders and VAEs with their own loaders."
         )
+    check_model(name, model.model.diffusion_model, heard)
     model.cached_patcher_init = (load, (path, roots))
     beside = keep_loras_beside(model.model.diffusion_model)
     return patched(model) if own or beside else model
@@ -81,20 +96,8 @@ def _read(file: SafetensorsFile | GgufFile) -> tuple[dict[str, Any], dict[str, s
         if told["format"] in OWN:
             del tensors[key]
             tensors[f"{layer}.weight"] = _own(file.path.name, layer, told, tensors)
-    _check_plain(file.path.name, tensors)
+    check_marks(file.path.name, tensors)
     return tensors, metadata
-
-
-def _check_plain(file: str, tensors: dict[str, Any]) -> None:
-    """Codes are no weights: ComfyUI would make numbers of them where a layer's settings are missing."""
-    for key, tensor in tensors.items():
-        layer = key.removesuffix(".weight")
-        codes = type(tensor) is torch.Tensor and tensor.ndim == 2 and not tensor.is_floating_point()
-        if codes and layer != key and layer + MARK not in tensors:
-            raise ValueError(
-                f"{file}: layer {layer}: its weight is {str(tensor.dtype)[6:]} {[*tensor.shape]} and nothing says how it is "
-                "quantized; the file is damaged."
-            )
 
 
 def _nunchaku(file: SafetensorsFile) -> dict[str, Any]:

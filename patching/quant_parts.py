@@ -20,6 +20,7 @@ from comfy_kitchen.tensor import (
 )
 
 from ..methods.files.nunchaku_layout import GROUP, AwqLinear, SvdLinear
+from ..methods.quant.recipe import NUMBERS
 from .quant_layout import register_products
 
 LINEAR = (
@@ -214,11 +215,43 @@ def read(
         if data is None or data.dtype != torch.int8 or data.ndim != 1 or told.get("axis") not in ("rows", "columns"):
             raise ValueError("its packed weight is missing or no flat int8")
         parts = tuple(Part(**one) for one in told["parts"])
-        if not parts or not all(p.kind in ("svd", "awq") and min(p.rows, p.columns) > 0 and p.rank >= 0 for p in parts):
+        if not parts or not all(_known(p) for p in parts):
             raise ValueError(f"its parts {told['parts']!r:.200} are none that are known")
-        return assembled(data, flat, told["axis"], parts, dtype)
+        _check_flat(flat, parts)
+        made = assembled(data, flat, told["axis"], parts, dtype)
+        _check_branch(flat, made.shape)
+        return made
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{file}: layer {layer}: {error}; the file is damaged.") from error
+
+
+def _known(part: Part) -> bool:
+    """Whether a part is one that can be multiplied."""
+    sizes = part.rows, part.columns, part.rank
+    whole = all(type(size) is int and size >= 0 for size in sizes) and type(part.unsigned) is bool
+    return part.kind in ("svd", "awq") and whole and part.rows > 0 < part.columns and part.columns % GROUP == 0
+
+
+def _check_flat(flat: dict[str, torch.Tensor], parts: tuple[Part, ...]) -> None:
+    """ValueError for a tensor that the parts need and that is missing, and for one that is no list of finite numbers."""
+    needed = {name for p in parts for name in p.sizes} - {"data"}
+    if needed - flat.keys():
+        raise ValueError(f"weight_{min(needed - flat.keys())} is missing")
+    for name, tensor in flat.items():
+        wide = 2 if name in ("down", "up") else 1
+        if tensor.dtype not in NUMBERS or tensor.ndim != wide or not bool(tensor.isfinite().all()):
+            raise ValueError(
+                f"weight_{name} {str(tensor.dtype)[6:]} {[*tensor.shape]} is not {wide}-d of finite floats"
+            )
+
+
+def _check_branch(flat: dict[str, torch.Tensor], shape: torch.Size) -> None:
+    """ValueError where what LoRA added does not fit the weight."""
+    down, up = flat.get("down"), flat.get("up")
+    if down is None and up is None:
+        return
+    if down is None or up is None or (up.shape[0], down.shape[1]) != tuple(shape) or up.shape[1] != down.shape[0]:
+        raise ValueError(f"weight_down and weight_up do not make up {[*shape]}")
 
 
 def shifts(weight: QuantizedTensor) -> bool:

@@ -13,6 +13,7 @@ from ..kernels._triton import triton
 from ..kernels.quant.packed import GGUF_BLOCKS
 from . import quant_layout, quant_parts
 from .quant_branched import is_branched
+from .weights import plain_weight
 
 NATIVE = {  # core's layouts: whether the device multiplies in them
     "TensorCoreFP8E4M3Layout": ("fp8_e4m3", comfy.model_management.supports_fp8_compute),
@@ -48,6 +49,7 @@ def rows_of(model: Any) -> list[Row]:
     for name, module in model.model.diffusion_model.named_modules():
         weight = getattr(module, "weight", None)
         if isinstance(weight, torch.Tensor) and weight.ndim == 2 and hasattr(module, "in_features"):
+            weight = plain_weight(model, f"diffusion_model.{name}.weight")
             found.append(
                 row_of(name, module, weight.data if not isinstance(weight, QuantizedTensor) else weight, device)
             )
@@ -127,10 +129,10 @@ def with_errors(rows: list[Row], model: Any, plain: Any) -> list[Row]:
     for row in rows:
         key = f"diffusion_model.{row.layer}.weight"
         try:
-            want = plain.get_model_object(key)
+            want = plain_weight(plain, key)
         except AttributeError as error:
             raise ValueError(f"The plain MODEL has no {row.layer}; it is of another architecture.") from error
-        got = model.get_model_object(key)
+        got = plain_weight(model, key)
         if tuple(want.shape) != tuple(got.shape):
             raise ValueError(
                 f"{row.layer} is {[*got.shape]} here and {[*want.shape]} in the plain MODEL; connect the one it was made from."

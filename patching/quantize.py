@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import comfy.lora
 import comfy.model_detection
 import comfy.model_management
 import torch
@@ -20,6 +21,7 @@ from .quant_load import load
 from .quant_patcher import PackedPatcher, patched
 from .sampling import Progress
 from .sizes import fingerprint
+from .weights import plain_weight
 
 NAME = "Quantize Model"
 INSIDE = "diffusion_model."
@@ -59,6 +61,8 @@ def quantize(model: Any, asked: Asked, statistics: Statistics | None, path: Path
         if existing == "reuse" and known == about and not model.patches:
             return _like(load(str(path)), model), [f"{path.name} was made from this model in the same way: it is used."]
         why = "holds something else" if existing == "reuse" else "exists"
+        if existing == "reuse" and model.patches:
+            why = "cannot be told to hold the LoRAs of this MODEL and exists"
         raise ValueError(f"{path.name} {why} already. Choose another filename, or set existing to replace.")
     result = write(model, asked, statistics, path, exclude, about)
     return _like(load(str(path)), model), result.lines(path.name)
@@ -86,7 +90,10 @@ def write(model: Any, asked: Asked, statistics: Statistics | None, path: Path, e
                 out.add(name, whole)
                 continue
             known = None if statistics is None else statistics.for_layer(layer, whole.shape[1])
-            done = made(whole, asked, known)
+            try:
+                done = made(whole, asked, known)
+            except ValueError as error:
+                raise ValueError(f"{layer}: {error}") from error
             for key, tensor in done.tensors.items():
                 out.add(f"{layer}.{key}", tensor)
             out.add(layer + MARK, mark(done.recipe))
@@ -100,16 +107,12 @@ def write(model: Any, asked: Asked, statistics: Statistics | None, path: Path, e
 def _weight(model: Any, name: str, device: torch.device | None) -> torch.Tensor:
     """With its LoRA, in its own dtype; in fp32 on the device where it is to be quantized."""
     key = INSIDE + name
+    found = plain_weight(model, key).detach()
     if key in model.patches:
-        found = model.patch_weight_to_device(key, device_to=device or model.offload_device, return_weight=True)
-    else:
-        found = model.model.get_parameter(key) if _is_parameter(model, key) else model.model.get_buffer(key)
-    return found.detach() if device is None else found.detach().to(device=device, dtype=torch.float32)
-
-
-def _is_parameter(model: Any, key: str) -> bool:
-    owner, _, leaf = key.rpartition(".")
-    return leaf in model.model.get_submodule(owner)._parameters
+        exact = found.to(device=device or model.offload_device, dtype=torch.float32, copy=True)
+        exact = comfy.lora.calculate_weight(model.patches[key], exact, key)
+        found = exact if device is not None else exact.to(found.dtype)
+    return found if device is None else found.to(device=device, dtype=torch.float32)
 
 
 def _check(model: Any, statistics: Statistics | None) -> None:
@@ -133,6 +136,8 @@ def _check(model: Any, statistics: Statistics | None) -> None:
 
 def _about(model: Any, asked: Asked, statistics: Statistics | None, exclude: str) -> str:
     told = asked.told() | {"exclude": exclude, "model": fingerprint(model.model.diffusion_model)}
+    if model.patches:
+        told["patched"] = True  # no file of the plain MODEL, nor of other LoRA
     if statistics is not None:
         told["calibration"] = [statistics.model, statistics.steps, statistics.sampler]
     return json.dumps(told, sort_keys=True)

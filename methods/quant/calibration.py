@@ -21,6 +21,7 @@ CHUNK = 1 << 24  # numbers at a time: the inputs of a video are large
 ROWS = 64  # of a layer, in bf16: some 200 MB for the layers of FLUX
 PARTS = ("amax", "square_sum", "tokens", "rows", "keys")
 MOST_CHANNELS, MOST_ROWS, MOST_NOTE = 1 << 18, 1 << 13, 1 << 12
+MOST_TOKENS = 1 << 53  # whole numbers of fp64
 REMEDY = "record it again with Calibrate Quantization"
 
 
@@ -120,8 +121,10 @@ class LayerStatistics:
                 raise ValueError(f"{name} holds numbers that are not finite or negative")
             setattr(found, name, part)
         count = float(parts["tokens"][0])
-        if count != int(count) or r > count or r > MOST_ROWS:
+        if count > MOST_TOKENS or count != int(count) or r > count or r > MOST_ROWS:
             raise ValueError(f"it keeps {r} rows of {count:g} tokens")
+        if not found.mean_square.isfinite().all():
+            raise ValueError("square_sum holds numbers beyond fp32")
         return found
 
 

@@ -15,6 +15,8 @@ INTEGER = ("int4_g64", "svdquant_int4")  # formats whose tables hold whole numbe
 MOST = 4096  # bytes of one layer's JSON
 MOST_BLOCK = 1024  # columns
 BESIDE = {"scale": 2, "table": 1, "smooth": 1, "signs": 1, "permutation": 1, "down": 2, "up": 2}  # dimensions
+NUMBERS = (torch.float32, torch.float16, torch.bfloat16)
+ORDERS = (torch.int64, torch.int32)
 ACTIVATIONS = ("none", "int8", "fp8", "int4")
 
 
@@ -50,11 +52,18 @@ def read_layer(file: str, layer: str, told: Mapping[str, Any], tensors: dict[str
         for name, part in parts.items():
             if part is not None and part.ndim != BESIDE[name]:
                 raise ValueError(f"weight_{name} is {[*part.shape]} where {BESIDE[name]} dimensions are needed")
+            known = ORDERS if name == "permutation" else NUMBERS
+            if part is not None and part.dtype not in known:
+                raise ValueError(
+                    f"weight_{name} is {str(part.dtype)[6:]} and none of {', '.join(str(d)[6:] for d in known)}"
+                )
             if part is not None and part.is_floating_point() and not bool(part.isfinite().all()):
                 raise ValueError(f"weight_{name} {[*part.shape]} is not finite")
         codec, group, columns = told.get("codec"), _count(told, "group"), _count(told, "columns")
         if codec not in CODECS:
             raise ValueError(f"the codec {codec!r} is none that is known ({', '.join(CODECS)})")
+        if codec == "int8" and group > columns:
+            raise ValueError(f"groups of {group} are longer than a row of {columns}")
         weight = Packed(codec, columns, data, parts.pop("scale"), parts.pop("table"), group)
         checked = _checked(told, columns, parts)
         if checked["name"] in INTEGER and not _whole(weight.table):
@@ -79,7 +88,9 @@ def _checked(told: Mapping[str, Any], columns: int, parts: Mapping[str, torch.Te
     order = parts["permutation"]
     if order is not None and not torch.equal(order.long().sort().values, torch.arange(columns, device=order.device)):
         raise ValueError(f"weight_permutation does not hold each of {columns} columns once")
-    smooth = parts["smooth"]
+    signs, smooth = parts["signs"], parts["smooth"]
+    if signs is not None and not bool((signs.abs() == 1).all()):
+        raise ValueError("weight_signs are not all 1 or -1")
     if smooth is not None and not bool((smooth > 0).all()):
         raise ValueError("weight_smooth is not positive everywhere")
     return {"rotation": kind, "block": block, "activation": activation, "name": str(told.get("name", ""))[:32]}

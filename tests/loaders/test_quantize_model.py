@@ -16,7 +16,9 @@ import comfy.sd  # isort: skip
 from tessera.methods.files.header import read_header
 from tessera.methods.quant.formats import FORMATS
 from tessera.nodes.loaders.quantize_model import QuantizeModel
+from tessera.nodes.measure.quantization_report import QuantizationReport
 from tessera.patching import quantize as m
+from tessera.patching.quant_layer import Asked, made
 from tessera.patching.quant_layout import is_packed
 
 pytestmark = pytest.mark.usefixtures("folder")
@@ -65,12 +67,45 @@ def test_activations_and_rotations(activations, rotation):
     assert (params.activation, params.rotation) == (activations, rotation)
 
 
+@pytest.mark.parametrize("format", STOCK)
+def test_a_layer_of_zeros_in_cores_formats(format):
+    done = made(torch.zeros(64, 64), Asked(format), None)
+    assert done.error == 0 and all(t.float().isfinite().all() for t in done.tensors.values())
+    with pytest.raises(ValueError, match="not finite"):
+        made(torch.full((64, 64), torch.nan), Asked(format), None)
+
+
+def test_a_refused_weight_is_named():
+    model, _ = model_of("flux")
+    patch = lora(model, LAYER["flux"], size=float("inf"))
+    with pytest.raises(ValueError, match=f"^{LAYER['flux']}: The weight .* not finite"):
+        run_node(QuantizeModel, model=with_lora(model, patch), format="mxfp8", filename="x")
+
+
 def test_loras_are_baked_in():
     model, spec = model_of("flux")
     patched = with_lora(model, lora(model, LAYER["flux"]))
     made, _ = run_node(QuantizeModel, model=patched, format="int8_row", filename="baked")
     assert error(short(spec)(made), short(spec)(patched)) < 0.02 < error(short(spec)(made), short(spec)(model))
     assert not made.patches
+
+
+def test_a_lora_that_a_run_left_in_the_weights(folder):  # noqa: F811
+    """ComfyUI adds it to the weights that all clones share, and takes it out before the next run only."""
+    model, spec = model_of("flux")
+    patched = with_lora(model, lora(model, LAYER["flux"]))
+    plain, want = short(spec)(model), short(spec)(patched)
+    made, _ = run_node(QuantizeModel, model=model, format="int8_row", filename="plain")
+    assert error(short(spec)(made), plain) < 0.02
+    short(spec)(patched)
+    baked, _ = run_node(QuantizeModel, model=patched, format="int8_row", filename="baked")
+    _, rows = run_node(QuantizationReport, model=made, plain=model)
+    assert error(short(spec)(baked), want) < 0.02
+    assert max(row["error"] for row in json.loads(rows)) < 1e-3
+    with pytest.raises(ValueError, match="holds something else"):
+        run_node(QuantizeModel, model=model, format="int8_row", filename="baked", existing="reuse")
+    with pytest.raises(ValueError, match="cannot be told to hold the LoRAs"):
+        run_node(QuantizeModel, model=patched, format="int8_row", filename="baked", existing="reuse")
 
 
 def test_what_was_set_before_stays():

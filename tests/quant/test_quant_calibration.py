@@ -153,6 +153,8 @@ DAMAGES = {
     "negative": (lambda t, m: t[f"{LAYER}:square_sum"].fill_(-1), "square_sum holds numbers"),
     "infinite rows": (lambda t, m: t[f"{LAYER}:rows"].fill_(torch.inf), "rows holds numbers"),
     "count": (lambda t, m: t[f"{LAYER}:tokens"].fill_(3), "it keeps 16 rows of 3 tokens"),
+    "too many": (lambda t, m: t[f"{LAYER}:tokens"].fill_(1e300), "it keeps 16 rows of 1e+300 tokens"),
+    "beyond": (lambda t, m: t[f"{LAYER}:square_sum"].fill_(1e300), "square_sum holds numbers beyond fp32"),
     "fraction": (lambda t, m: t[f"{LAYER}:tokens"].fill_(99.5), "it keeps 16 rows of 99.5 tokens"),
     "no layer": (lambda t, m: t.update({"plain": torch.ones(2)}), "plain [2] is no part of a layer's statistics"),
     "too wide": (lambda t, m: t.update({"x:amax": torch.ones(1 << 19)}), "x:amax [524288] is no part"),
