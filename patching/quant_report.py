@@ -11,6 +11,7 @@ from comfy_kitchen.tensor import QuantizedTensor
 
 from ..kernels._triton import triton
 from ..kernels.quant.packed import GGUF_BLOCKS
+from ..methods.quant.recipe import INTEGER
 from . import quant_layout, quant_parts
 from .quant_branched import is_branched
 from .weights import plain_weight
@@ -97,8 +98,8 @@ def _packed(params: Any, device: torch.device) -> tuple[str, str, str]:
     format = name + turned + rounded
     if not _ours_run(device):
         return format, "decoded", f"{_device(device)} runs the torch reference: each call decodes the weight, in parts"
-    if params.activation == "int8" and params.codec == "int8":
-        return format, "native", f"{_device(device)} multiplies int8 by int8"
+    if params.activation in ("int8", "int4") and (params.codec == "int8" or params.name in INTEGER):
+        return format, "native", f"{_device(device)} multiplies the codes as int8"
     why = "up to 64 rows are multiplied while they are decoded; above, a dense copy of one layer is made for each call"
     return format, "fused", why + ": less memory, not more speed"
 

@@ -57,3 +57,12 @@ def test_the_path_follows_the_device(monkeypatch, device, path, words):
     weight = made.get_model_object(f"diffusion_model.{LAYER['flux']}.weight")
     row = m.row_of("x", None, weight, torch.device(device))
     assert row.path == path and words in row.why
+
+
+@pytest.mark.parametrize("format, path", [("int4_g64", "native"), ("int8_row", "native"), ("tlq4", "fused")])
+def test_integers_are_multiplied_as_such(monkeypatch, format, path):
+    """As methods/quant/product.py does."""
+    _, made, _, _ = quantized("flux", format, activations="int8")
+    monkeypatch.setattr(m, "_device", lambda device: "this GPU")
+    weight = made.get_model_object(f"diffusion_model.{LAYER['flux']}.weight")
+    assert m.row_of("x", None, weight, torch.device("cuda")).path == path
