@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from comfy_kitchen.tensor import BaseLayoutParams, QuantizedLayout, QuantizedTensor, register_layout_class
 
-from .quant_ops import Untouched, branch_of, factors_of
+from .quant_ops import Untouched, branch_of, factors_of, ours
 
 NAME = "TesseraBranchedLayout"
 saving: ContextVar[bool] = ContextVar("tessera_saving", default=False)
@@ -173,7 +173,8 @@ def keep_loras_beside(model: Any) -> bool:
     is any."""
     found = False
     for module in model.modules():
-        if isinstance(getattr(module, "weight", None), QuantizedTensor) and hasattr(module, "in_features"):
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, QuantizedTensor) and ours(weight) is None and hasattr(module, "in_features"):
             if not isinstance(module, BranchedLinear):
                 module.__class__ = _class(type(module))
             found = True

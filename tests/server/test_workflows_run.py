@@ -28,6 +28,8 @@ FEW = 2  # sampler steps: enough to run every node, too few for a good picture
 
 def quick(graph):
     """The graph with few sampler steps; as many as there must be where a schedule is planned."""
+    if any(n["class_type"] == "TesseraLoadCacheProfile" for n in graph.values()):
+        return graph  # the profile that comes along is of so many steps
     planned = any(n["class_type"] in ("TesseraCacheSchedule", "TesseraSolveThreshold") for n in graph.values())
     for node in graph.values():
         if isinstance(node["inputs"].get("steps"), int):
