@@ -1,5 +1,6 @@
 """Two MODELs, one job: run in alternation with the same noise, and told apart in numbers."""
 
+import contextlib
 import math
 import platform
 from collections.abc import Callable
@@ -26,7 +27,7 @@ def compare(models: tuple[Any, Any], job: Job, repeats: int, decode: Decode | No
     models = tuple(metered(m) for m in models)
     progress = Progress(2 + 2 * repeats * steps)
     for model in models:
-        sample(model, job, progress.step, job.sigmas[:2])
+        warm(model, job, progress)
     runs: tuple[list[Outcome], list[Outcome]] = ([], [])
     for _ in range(repeats):
         for kept, model in zip(runs, models, strict=True):
@@ -58,6 +59,21 @@ def compare(models: tuple[Any, Any], job: Job, repeats: int, decode: Decode | No
         "notes": _notes(runs),
     }
     return a.samples, b.samples, images, report
+
+
+class Warmed(Exception):
+    """The first step of a run is done."""
+
+
+def warm(model: Any, job: Job, progress: Progress) -> None:
+    """The first step of the job's own schedule: caches may be bound to its number of steps."""
+
+    def stop() -> None:
+        progress.step()
+        raise Warmed
+
+    with contextlib.suppress(Warmed):
+        sample(model, job, stop)
 
 
 def check(models: tuple[Any, Any], job: Job) -> None:
