@@ -7,17 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from comfy_kitchen.tensor import BaseLayoutParams, QuantizedLayout, QuantizedTensor, register_layout_class
+from comfy_kitchen.tensor import BaseLayoutParams, QuantizedTensor, register_layout_class
 
+from .low_rank import BranchLayout, added, branch, joined
 from .quant_ops import Untouched, branch_of, factors_of, ours
 
 NAME = "TesseraBranchedLayout"
 saving: ContextVar[bool] = ContextVar("tessera_saving", default=False)
 
 
-class BranchedLayout(QuantizedLayout):
-    QUANTIZES_INPUT = False
-
+class BranchedLayout(BranchLayout):
     @dataclass(frozen=True)
     class Params(BaseLayoutParams):
         """base: core's weight [N, K]; down [r, K], up [N, r]."""
@@ -30,17 +29,8 @@ class BranchedLayout(QuantizedLayout):
             return ["scale", "base", "down", "up"]
 
     @classmethod
-    def quantize(cls, tensor: torch.Tensor, **kwargs: Any):
-        raise NotImplementedError("A branch is put beside a weight by the layer that has it.")
-
-    @classmethod
     def dequantize(cls, qdata: torch.Tensor, params: Params) -> torch.Tensor:
-        dense = params.base.to(dtype=torch.float32).dequantize()
-        return (dense + params.up.float() @ params.down.float()).to(params.orig_dtype)
-
-    @classmethod
-    def get_plain_tensors(cls, qtensor: QuantizedTensor) -> tuple[torch.Tensor, ...]:
-        return tuple(getattr(qtensor._params, name) for name in qtensor._params._tensor_fields())
+        return added(params.base.to(dtype=torch.float32).dequantize(), params)
 
     @classmethod
     def state_dict_tensors(cls, qdata: torch.Tensor, params: Params) -> dict[str, torch.Tensor]:
@@ -56,14 +46,13 @@ def is_branched(weight: Any) -> bool:
 
 def with_branch(weight: QuantizedTensor, down: torch.Tensor, up: torch.Tensor) -> QuantizedTensor:
     """The weight with down [r, K], up [N, r] beside it, and beside what lies there already."""
-    base = weight
+    base, sides = weight, {"down": down, "up": up}
     if is_branched(weight):
-        params = weight._params
-        base, down, up = params.base, torch.cat((params.down, down)), torch.cat((params.up, up), dim=1)
+        base, sides = weight._params.base, joined(weight._params, down, up)
     nothing = torch.empty(0, dtype=torch.uint8, device=base._qdata.device)
     shape, dtype = tuple(base.shape), base.dtype
     params = BranchedLayout.Params(
-        scale=nothing.float(), orig_dtype=dtype, orig_shape=shape, base=base, down=down, up=up
+        scale=nothing.float(), orig_dtype=dtype, orig_shape=shape, base=base, **sides
     )  # fmt: skip
     return QuantizedTensor(nothing, NAME, params)
 
@@ -126,14 +115,14 @@ class BranchedLinear:
             return y
         if factors is None:
             return self._plain(input, *args, **kwargs)  # the patches are on again: dense, as core does it
-        return y + _branch(input, *factors)
+        return y + branch(input, *factors)
 
     def _plain(self, input, *args, **kwargs):
         if not is_branched(self.weight):
             return super().forward(input, *args, **kwargs)
         params = self.weight._params
         with Held(self, params.base):
-            return super().forward(input, *args, **kwargs) + _branch(input, params.down, params.up)
+            return super().forward(input, *args, **kwargs) + branch(input, params.down, params.up)
 
     def _factors(self, functions):
         """(down, up) of LoRA that core applies at each call; None where there are none, or of high rank."""
@@ -156,11 +145,6 @@ class Held:
 
     def __exit__(self, *_: Any) -> None:
         self.module._parameters["weight"] = self.whole
-
-
-def _branch(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    linear = torch.nn.functional.linear
-    return linear(linear(x, down.to(x)), up.to(x))
 
 
 @functools.cache

@@ -22,14 +22,13 @@ from comfy_kitchen.tensor import (
 from ..kernels.quant.packed import Packed, decode
 from ..methods.quant.product import multiply, restored
 from ..methods.quant.recipe import FORMAT
+from .low_rank import BranchLayout, added, branch, fits, joined
 
 NAME = "TesseraPackedLayout"
 TENSORS = ("scale", "table", "smooth", "signs", "permutation", "down", "up")
 
 
-class PackedLayout(QuantizedLayout):
-    QUANTIZES_INPUT = False
-
+class PackedLayout(BranchLayout):
     @dataclass(frozen=True)
     class Params(BaseLayoutParams):
         """scale [N, groups], an empty tensor where the codec has none. table [2**bits]. smooth, signs, permutation: [K].
@@ -55,20 +54,9 @@ class PackedLayout(QuantizedLayout):
             return [name for name in TENSORS if getattr(self, name) is not None]
 
     @classmethod
-    def quantize(cls, tensor: torch.Tensor, **kwargs: Any):
-        raise NotImplementedError("A packed weight is made by Quantize Model; LoRA lie beside it.")
-
-    @classmethod
     def dequantize(cls, qdata: torch.Tensor, params: Params) -> torch.Tensor:
         """What multiplies the original x: [N, K] in orig_dtype."""
-        weight = restored(decode(packed(qdata, params)), params)
-        if params.up is not None and params.down is not None:
-            weight = weight + params.up.float() @ params.down.float()
-        return weight.to(params.orig_dtype)
-
-    @classmethod
-    def get_plain_tensors(cls, qtensor: QuantizedTensor) -> tuple[torch.Tensor, ...]:
-        return qtensor._qdata, *(getattr(qtensor._params, name) for name in qtensor._params._tensor_fields())
+        return added(restored(decode(packed(qdata, params)), params), params)
 
     @classmethod
     def state_dict_tensors(cls, qdata: torch.Tensor, params: Params) -> dict[str, torch.Tensor]:
@@ -92,9 +80,7 @@ def quantized(weight: Packed, dtype: torch.dtype, **extra: Any) -> QuantizedTens
     ValueError where one of them has another size."""
     rows, columns = weight.data.shape[0], weight.columns
     up, down = extra.get("up"), extra.get("down")
-    if (up is None) != (down is None) or (
-        up is not None and (up.shape[0] != rows or down.shape[1] != columns or up.shape[1] != down.shape[0])
-    ):
+    if not fits(down, up, rows, columns):
         raise ValueError(
             f"The low-rank branch has up {_shape(up)} and down {_shape(down)}; a weight [{rows}, {columns}] needs "
             f"[{rows}, r] and [r, {columns}]."
@@ -118,19 +104,14 @@ def is_packed(weight: Any) -> bool:
 def with_branch(weight: QuantizedTensor, down: torch.Tensor, up: torch.Tensor) -> QuantizedTensor:
     """The weight with down [r, K], up [N, r] added to its branch."""
     params = weight._params
-    if params.down is not None:
-        down = torch.cat((params.down.to(down), down))
-        up = torch.cat((params.up.to(up), up), dim=1)
-    return QuantizedTensor(weight._qdata, NAME, dataclasses.replace(params, down=down, up=up))
+    return QuantizedTensor(weight._qdata, NAME, dataclasses.replace(params, **joined(params, down, up)))
 
 
 def product(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x [..., K] -> [..., N]."""
     params = weight._params
     y = multiply(x, packed(weight._qdata, params), bias, params)
-    if params.up is not None:
-        y = y + torch.nn.functional.linear(torch.nn.functional.linear(x, params.down.to(x)), params.up.to(x))
-    return y
+    return y if params.up is None else y + branch(x, params.down, params.up)
 
 
 def described(weight: QuantizedTensor) -> dict[str, Any]:

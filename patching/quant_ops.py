@@ -14,6 +14,7 @@ import torch
 from ..methods.quant.low_rank import low_rank_of
 from ..methods.quant.recipe import mark
 from . import quant_layout, quant_parts
+from .low_rank import branch
 
 LAYOUTS = {module.NAME: module for module in (quant_layout, quant_parts)}
 MOST_RANK = 512  # above, a branch would cost what the dense layer does
@@ -144,8 +145,7 @@ class PackedLinear:
             if layout.shifts(weight):
                 raise ValueError(NO_DENSE.format([*weight.shape]))
             return linear(x, _through(weight.to(dtype=x.dtype).dequantize(), functions), bias)
-        down, up = (f.to(x) for f in factors)
-        return layout.product(x, weight, bias) + linear(linear(x, down), up)
+        return layout.product(x, weight, bias) + branch(x, *factors)
 
     def _factors(self, weight, functions: tuple[Callable, ...]):
         if self._lora is None or self._lora[0] != functions:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from comfy_kitchen.tensor import (
     BaseLayoutParams,
-    QuantizedLayout,
     QuantizedTensor,
     TensorCoreAWQW4A16Layout,
     TensorCoreSVDQuantW4A4Layout,
@@ -21,11 +20,10 @@ from comfy_kitchen.tensor import (
 
 from ..methods.files.nunchaku_layout import GROUP, AwqLinear, SvdLinear
 from ..methods.quant.recipe import NUMBERS
+from .low_rank import BranchLayout, added, branch, fits, joined
 from .quant_layout import register_products
 
-LINEAR = (
-    torch.ops.aten.linear.default
-)  # called on the layout itself: outside of inference mode torch takes it apart first
+LINEAR = torch.ops.aten.linear.default  # called on kitchen's layout: torch may take linear apart before it gets there
 NAME = "TesseraPartsLayout"
 FORMAT = "tessera_parts"
 FLAT = ("scale", "zeros", "smooth", "proj_down", "proj_up", "down", "up")
@@ -53,9 +51,7 @@ class Part:
         }  # fmt: skip
 
 
-class PartsLayout(QuantizedLayout):
-    QUANTIZES_INPUT = False
-
+class PartsLayout(BranchLayout):
     @dataclass(frozen=True)
     class Params(BaseLayoutParams):
         """scale, zeros, smooth, proj_down, proj_up: flat. down [r, K], up [N, r]: what LoRA add."""
@@ -74,21 +70,10 @@ class PartsLayout(QuantizedLayout):
             return [name for name in FLAT if getattr(self, name) is not None]
 
     @classmethod
-    def quantize(cls, tensor: torch.Tensor, **kwargs: Any):
-        raise NotImplementedError("nunchaku's layers are made by its own calibration; LoRA lie beside them.")
-
-    @classmethod
     def dequantize(cls, qdata: torch.Tensor, params: Params) -> torch.Tensor:
         """What multiplies the original x: [N, K] in orig_dtype, without the constant that shifted activations add."""
         dense = [_natural(p, found).dense()[0] for p, found in _split(qdata, params)]
-        weight = torch.cat(dense, dim=0 if params.axis == "rows" else 1)
-        if params.up is not None and params.down is not None:
-            weight = weight + params.up.float() @ params.down.float()
-        return weight.to(params.orig_dtype)
-
-    @classmethod
-    def get_plain_tensors(cls, qtensor: QuantizedTensor) -> tuple[torch.Tensor, ...]:
-        return qtensor._qdata, *(getattr(qtensor._params, name) for name in qtensor._params._tensor_fields())
+        return added(torch.cat(dense, dim=0 if params.axis == "rows" else 1), params)
 
     @classmethod
     def state_dict_tensors(cls, qdata: torch.Tensor, params: Params) -> dict[str, torch.Tensor]:
@@ -180,7 +165,6 @@ def _kitchen(part: Part, natural: SvdLinear | AwqLinear, dtype: torch.dtype) -> 
 def product(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x [..., K] -> [..., N]."""
     params, at, outputs = weight._params, 0, []
-    linear = torch.nn.functional.linear
     for part, tensors in _split(weight._qdata, params):
         inputs = x if params.axis == "rows" else x[..., at : at + part.columns]
         at += part.columns
@@ -188,16 +172,14 @@ def product(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None)
         outputs.append(QuantizedTensor.__torch_dispatch__(LINEAR, (QuantizedTensor,), (inputs.contiguous(), own)))
     y = torch.cat(outputs, dim=-1) if params.axis == "rows" else sum(outputs[1:], outputs[0])
     if params.up is not None:
-        y = y + linear(linear(x, params.down.to(x)), params.up.to(x))
+        y = y + branch(x, params.down, params.up)
     return y if bias is None else y + bias.to(y)
 
 
 def with_branch(weight: QuantizedTensor, down: torch.Tensor, up: torch.Tensor) -> QuantizedTensor:
     """The weight with down [r, K], up [N, r] added to what LoRA add."""
     params = weight._params
-    if params.down is not None:
-        down, up = torch.cat((params.down.to(down), down)), torch.cat((params.up.to(up), up), dim=1)
-    return QuantizedTensor(weight._qdata, NAME, dataclasses.replace(params, down=down, up=up))
+    return QuantizedTensor(weight._qdata, NAME, dataclasses.replace(params, **joined(params, down, up)))
 
 
 def described(weight: QuantizedTensor) -> dict[str, Any]:
@@ -219,7 +201,8 @@ def read(
             raise ValueError(f"its parts {told['parts']!r:.200} are none that are known")
         _check_flat(flat, parts)
         made = assembled(data, flat, told["axis"], parts, dtype)
-        _check_branch(flat, made.shape)
+        if not fits(flat.get("down"), flat.get("up"), *made.shape):
+            raise ValueError(f"weight_down and weight_up do not make up {[*made.shape]}")
         return made
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{file}: layer {layer}: {error}; the file is damaged.") from error
@@ -243,15 +226,6 @@ def _check_flat(flat: dict[str, torch.Tensor], parts: tuple[Part, ...]) -> None:
             raise ValueError(
                 f"weight_{name} {str(tensor.dtype)[6:]} {[*tensor.shape]} is not {wide}-d of finite floats"
             )
-
-
-def _check_branch(flat: dict[str, torch.Tensor], shape: torch.Size) -> None:
-    """ValueError where what LoRA added does not fit the weight."""
-    down, up = flat.get("down"), flat.get("up")
-    if down is None and up is None:
-        return
-    if down is None or up is None or (up.shape[0], down.shape[1]) != tuple(shape) or up.shape[1] != down.shape[0]:
-        raise ValueError(f"weight_down and weight_up do not make up {[*shape]}")
 
 
 def shifts(weight: QuantizedTensor) -> bool:

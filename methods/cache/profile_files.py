@@ -1,24 +1,18 @@
 """Profiles as files: one small JSON each, in one folder, named by people."""
 
-import re
 from pathlib import Path
 
+from ..files.shelf import plain_name
 from .profile import Profile
 
 FOLDER = "tessera_profiles"  # in ComfyUI's output folder
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_. -]{0,99}")
+SUFFIX = ".json"
 MOST = 1 << 20  # bytes; a profile takes some kilobytes
 
 
 def check_name(name: str) -> str:
     """The name without .json. ValueError for what is no plain file name."""
-    plain = name.removesuffix(".json")
-    if not NAME.fullmatch(plain) or ".." in plain or plain != plain.strip():
-        raise ValueError(
-            f"The profile name {name!r} must be up to 100 letters, digits, spaces, dots, - or _, beginning with a letter or "
-            "a digit, without a folder."
-        )
-    return plain
+    return plain_name(name, SUFFIX, "profile name")
 
 
 def save(folder: Path, name: str, profile: Profile) -> Path:
@@ -29,12 +23,6 @@ def save(folder: Path, name: str, profile: Profile) -> Path:
     part.write_text(profile.to_json(), encoding="utf-8")
     part.replace(path)
     return path
-
-
-def names(folder: Path) -> list[str]:
-    """Of the profiles in the folder, sorted."""
-    found = folder.glob("*.json") if folder.is_dir() else ()
-    return sorted(path.name for path in found if path.is_file() and NAME.fullmatch(path.stem))
 
 
 def load(folder: Path, name: str) -> Profile:

@@ -7,7 +7,6 @@ import torch
 from ...kernels.quant.packed import Packed
 from ...kernels.quant.packed_linear import packed_linear
 from ...kernels.quant.quantize_rows import quantize_rows
-from ...kernels.quant.rotate import rotate
 from ...kernels.quant.scaled_linear import scaled_linear
 from ...kernels.quant.scaled_packed_linear import scaled_packed_linear
 from .recipe import INTEGER
@@ -24,17 +23,12 @@ def prepared(x: torch.Tensor, params: Any) -> torch.Tensor:
     """x [..., K] as the packed weight takes it. params: smooth [K] or None, rotation, block, signs, permutation."""
     if params.smooth is not None:
         x = x / params.smooth.to(x)
-    if params.permutation is not None:
-        x = x.index_select(-1, params.permutation)
-    if params.rotation == "none":
-        return x
-    return rotate(x, params.signs, params.block, family_of(params.rotation))
+    return rotation_of(params).apply(x)
 
 
 def restored(weight: torch.Tensor, params: Any) -> torch.Tensor:
     """What multiplies the original x, of the weight [N, K] that multiplies the prepared one."""
-    if params.rotation != "none":
-        weight = rotation_of(params).undo(weight)
+    weight = rotation_of(params).undo(weight)
     return weight if params.smooth is None else weight / params.smooth.to(weight)
 
 

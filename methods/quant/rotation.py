@@ -14,6 +14,8 @@ from functools import lru_cache
 
 import torch
 
+from ...kernels.quant.rotate import rotate
+
 KINDS = ("none", "hadamard_regular", "hadamard_sylvester", "hadamard_random", "zigzag_hadamard")
 BLOCKS = {"regular": (256, 64, 16), "sylvester": (256, 128, 64, 32, 16)}
 
@@ -71,23 +73,24 @@ class Rotation:
         """x [..., K] -> x R, computed in fp32, in x's dtype. For activations and, along their columns, weights."""
         if self.kind == "none":
             return x
-        y = x.float()
-        if self.permutation is not None:
-            y = y.index_select(-1, self.permutation.to(x.device))
-        if self.signs is not None:
-            y = y * self.signs.to(x.device, torch.float32)
-        return self._blocks(y).to(x.dtype)
+        self._check(x)
+        y = x if self.permutation is None else x.index_select(-1, self.permutation.to(x.device))
+        return rotate(y, self._signs(x), self.block, family_of(self.kind))
 
     def undo(self, x: torch.Tensor) -> torch.Tensor:
         """x R -> x."""
         if self.kind == "none":
             return x
-        y = self._blocks(x.float())
-        if self.signs is not None:
-            y = y * self.signs.to(x.device, torch.float32)
-        if self.permutation is not None:
-            y = y.index_select(-1, self.permutation.argsort().to(x.device))
-        return y.to(x.dtype)
+        self._check(x)
+        y = rotate(x, self._signs(x), self.block, family_of(self.kind), True)
+        return y if self.permutation is None else y.index_select(-1, self.permutation.argsort().to(x.device))
+
+    def _check(self, x: torch.Tensor) -> None:
+        if x.shape[-1] % self.block:
+            raise ValueError(f"A rotation in blocks of {self.block} does not fit {x.shape[-1]} channels.")
+
+    def _signs(self, x: torch.Tensor) -> torch.Tensor | None:
+        return None if self.signs is None else self.signs.to(x.device)
 
     def spread(self, squares: torch.Tensor) -> torch.Tensor:
         """Mean squares [K] of channels before R -> after it, the mean of each block: exact where channels do not correlate."""
@@ -95,15 +98,6 @@ class Rotation:
             return squares
         order = squares if self.permutation is None else squares[self.permutation.to(squares.device)]
         return order.reshape(-1, self.block).mean(1).repeat_interleave(self.block)
-
-    def _blocks(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., K] times the Hadamard matrix of each block. H of a b channels is H_a (x) H_b: two small products."""
-        if x.shape[-1] % self.block:
-            raise ValueError(f"A rotation in blocks of {self.block} does not fit {x.shape[-1]} channels.")
-        family = family_of(self.kind)
-        b = min(16, self.block)
-        left, right = (_dense(family, size).to(x.device) for size in (self.block // b, b))
-        return (left @ (x.reshape(-1, self.block // b, b) @ right)).reshape(x.shape)
 
 
 def rotation(kind: str, columns: int, amax: torch.Tensor | None = None, seed: int = 0) -> Rotation:

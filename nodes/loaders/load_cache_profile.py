@@ -4,24 +4,14 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io
 
-from ...methods.cache.profile_files import FOLDER, load, names
+from ...methods.cache.profile_files import FOLDER, SUFFIX, load
+from ...methods.files.shelf import Shelf
 from ...patching.cache_widgets import ProfileSocket
 
-CARRIED = Path(__file__).resolve().parents[2] / "presets" / "profiles"  # for the digit models
 
-
-def every() -> list[str]:
-    """Names of the user's own profiles and of those that the pack carries."""
-    return sorted({*names(own()), *names(CARRIED)})
-
-
-def own() -> Path:
-    return Path(folder_paths.get_output_directory()) / FOLDER
-
-
-def folder(profile: str) -> Path:
-    """Where this profile lies; the user's own goes before one of the same name that the pack carries."""
-    return CARRIED if profile in names(CARRIED) and profile not in names(own()) else own()
+def shelf() -> Shelf:
+    own = Path(folder_paths.get_output_directory()) / FOLDER
+    return Shelf(own, Path(__file__).resolve().parents[2] / "presets" / "profiles", SUFFIX)
 
 
 class LoadCacheProfile(io.ComfyNode):
@@ -35,7 +25,7 @@ class LoadCacheProfile(io.ComfyNode):
             "checked for one model, sampler and number of steps.",
             search_aliases=["cache profile", "cache preset", "threshold preset", "shared settings"],
             inputs=[
-                io.Combo.Input("profile", options=every(),
+                io.Combo.Input("profile", options=shelf().names(),
                     tooltip="A JSON file in output/tessera_profiles, or the one for the digit models that comes with the pack. Files put there appear after a refresh of the node list."),
             ],
             outputs=[
@@ -46,12 +36,12 @@ class LoadCacheProfile(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, profile):
-        path = folder(profile) / profile
-        return hashlib.sha256(path.read_bytes()).hexdigest() if profile in every() else profile
+        path = shelf().folder(profile) / profile
+        return hashlib.sha256(path.read_bytes()).hexdigest() if profile in shelf().names() else profile
 
     @classmethod
     def execute(cls, profile):
-        found = load(folder(profile), profile)
+        found = load(shelf().folder(profile), profile)
         facts = ", ".join(f"{name} {value}" for name, value in found.facts.items() if value is not None)
         about = f"{found.node}: {found.sampler.removeprefix('sample_') or 'any sampler'}, {found.steps or 'any'} steps; {facts}"
         return io.NodeOutput(found, about)

@@ -4,11 +4,17 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io
 
+from ...methods.files.shelf import Shelf
 from ...methods.quant.calibration import load
 from ...patching.calibrate_quantization import FOLDER, lines_of
-from ...patching.quant_widgets import QuantizationSocket, saved
+from ...patching.quant_widgets import QuantizationSocket
 
-CARRIED = Path(__file__).resolve().parents[2] / "presets" / "calibrations"
+SUFFIX = ".safetensors"
+
+
+def shelf() -> Shelf:
+    own = Path(folder_paths.get_output_directory()) / FOLDER
+    return Shelf(own, Path(__file__).resolve().parents[2] / "presets" / "calibrations", SUFFIX)
 
 
 class LoadCalibration(io.ComfyNode):
@@ -21,7 +27,7 @@ class LoadCalibration(io.ComfyNode):
             description="Loads what Calibrate Quantization saved, for Quantize Model.",
             search_aliases=["activation statistics", "calibration data", "imatrix"],
             inputs=[
-                io.Combo.Input("calibration", options=every(),
+                io.Combo.Input("calibration", options=shelf().names(),
                     tooltip="A file in output/tessera_calibrations, or the one for the digit image model that comes with the pack. Files put there appear after a refresh of the node list."),
             ],
             outputs=[
@@ -32,30 +38,16 @@ class LoadCalibration(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, calibration):
-        if calibration not in every():
+        if calibration not in shelf().names():
             return calibration
-        stat = (folder(calibration) / calibration).stat()
+        stat = (shelf().folder(calibration) / calibration).stat()
         return hashlib.sha256(f"{calibration} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()
 
     @classmethod
     def execute(cls, calibration):
-        if calibration not in every():
+        if calibration not in shelf().names():
             raise ValueError(
                 f"There is no calibration {calibration!r} in {FOLDER}. Make one with Calibrate Quantization."
             )
-        found = load(folder(calibration) / calibration)
+        found = load(shelf().folder(calibration) / calibration)
         return io.NodeOutput(found, "\n".join(lines_of(found)))
-
-
-def own() -> Path:
-    return Path(folder_paths.get_output_directory()) / FOLDER
-
-
-def every() -> list[str]:
-    """Names of the user's own calibrations and of the one that the pack carries."""
-    return sorted({*saved(own()), *saved(CARRIED)})
-
-
-def folder(calibration: str) -> Path:
-    """Where it lies; the user's own goes before one of the same name that the pack carries."""
-    return CARRIED if calibration in saved(CARRIED) and calibration not in saved(own()) else own()

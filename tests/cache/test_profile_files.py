@@ -4,18 +4,19 @@ import pytest
 
 from tessera.methods.cache import profile_files as m
 from tessera.methods.cache.profile import Profile
+from tessera.methods.files.shelf import names
 
 PROFILE = Profile("Taylor Cache", {"interval": 3}, "abc", "sample_euler", 20, {"error": 0.05})
 
 
 def test_round_trip(tmp_path):
     folder = tmp_path / "tessera_profiles"
-    assert m.names(folder) == []
+    assert names(folder, m.SUFFIX) == []
     path = m.save(folder, "My flux-1.0", PROFILE)
     assert path == folder / "My flux-1.0.json" and m.load(folder, path.name) == m.load(folder, "My flux-1.0") == PROFILE
     other = Profile("Step Cache", {"threshold": 0.1})
     m.save(folder, "My flux-1.0.json", other)
-    assert m.names(folder) == ["My flux-1.0.json"] and m.load(folder, path.name) == other
+    assert names(folder, m.SUFFIX) == ["My flux-1.0.json"] and m.load(folder, path.name) == other
     assert [p.name for p in folder.iterdir()] == ["My flux-1.0.json"]
 
 
