@@ -278,7 +278,7 @@ def _describe(forward, stack, args, kwargs):
     kinds = block.spec.calls
     kind = kinds[nth % len(kinds)] if kinds else "other"
     q, k, v, mask, pack = unpack(args, kwargs)
-    grid, references = forward.grid, _references(kwargs)
+    grid, references = forward.grid, _references(kwargs) + forward.appended
     layout = None
     if grid is not None:
         arch = forward.run.arch

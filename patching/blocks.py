@@ -131,7 +131,7 @@ def _replace_hook(forward, block: BlockPosition, earlier):
     return hook
 
 
-def _names(function) -> tuple[str, ...]:
+def argument_names(function) -> tuple[str, ...]:
     """The names of a forward's positional arguments, empty where it hides them."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     try:
@@ -145,7 +145,7 @@ class WrappedForward:
 
     def __init__(self, original, block: BlockPosition):
         self.original, self.block = original, block
-        self.names = _names(original)
+        self.names = argument_names(original)
 
     def __call__(self, *args, **kwargs):
         forward = current_forward.get()

@@ -49,6 +49,8 @@ class Forward:
     calls: dict[Any, int] = field(default_factory=dict)  # attention calls met, by block
 
     timestep: torch.Tensor | None = None  # what the diffusion model was given, where it has a wrapper
+    inputs: dict[str, Any] = field(default_factory=dict)  # all that it was given, by name, where it has a wrapper
+    appended: int = 0  # tokens that a feature has put behind the image's, as queries and keys of self-attention
 
     def see(self, diffusion_model: Any, x: Any) -> None:
         """The tensor that reaches the diffusion model fixes the token grid."""
@@ -121,6 +123,8 @@ def diffusion_model(executor, *args, **kwargs):
     if forward is not None:
         forward.see(executor.class_obj, args[0] if args else kwargs.get("x"))
         forward.timestep = args[1] if len(args) > 1 else kwargs.get("timestep")
+        names = blocks.argument_names(executor.original)
+        forward.inputs = {**dict(zip(names, args, strict=False)), **kwargs}
         args, kwargs = replace_options(args, kwargs, attention.above(forward, options))
     return executor(*args, **kwargs)
 
