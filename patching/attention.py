@@ -9,9 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from .. import archs
 from ..methods.attention.call import Answer, AttentionCall, AttentionMethod, Decline
-from . import prewarm, rivals
+from . import extra_keys, prewarm, rivals
 from .attention_around import around, arounds, block_of, keepers, options_of, stack_of, with_keys
 from .blocks import eager, positions
 from .convention import unpack
@@ -231,6 +230,8 @@ def _dispatcher(forward, plans: list[AttentionFeature], earlier: Callable | None
         call, pack = _describe(forward, stack, args, kwargs)
         if call is None or call.kind not in ("self", "joint"):
             return rest()
+        queries = call.q.shape[2]
+        call = extra_keys.widened(call) if plans else call
         for plan in plans:
             state = forward.run.states[plan]
             state.work.offered(call)
@@ -249,7 +250,7 @@ def _dispatcher(forward, plans: list[AttentionFeature], earlier: Callable | None
                 else:
                     state.add(call, answer)
                     state.work.spared(call, answer)
-                    return pack(answer.out)
+                    return pack(answer.out[:, :, :queries])
             state.declined[reason] += 1
         return rest()
 
@@ -278,12 +279,7 @@ def _describe(forward, stack, args, kwargs):
     kinds = block.spec.calls
     kind = kinds[nth % len(kinds)] if kinds else "other"
     q, k, v, mask, pack = unpack(args, kwargs)
-    grid, references = forward.grid, _references(kwargs) + forward.appended
-    layout = None
-    if grid is not None:
-        arch = forward.run.arch
-        pad = arch.pad(forward.diffusion_model)
-        layout = archs.layout_of(arch, grid, kind, q.shape[2], k.shape[2], references, pad)
+    layout = extra_keys.layout(forward, kind, q.shape[2], k.shape[2], _references(kwargs) + forward.appended)
     scale = q.shape[-1] ** -0.5 if kwargs.get("scale") is None else float(kwargs["scale"])
     return AttentionCall(q, k, v, mask, scale, kind, layout, block, forward), pack
 

@@ -51,6 +51,7 @@ class Forward:
     timestep: torch.Tensor | None = None  # what the diffusion model was given, where it has a wrapper
     inputs: dict[str, Any] = field(default_factory=dict)  # all that it was given, by name, where it has a wrapper
     appended: int = 0  # tokens that a feature has put behind the image's, as queries and keys of self-attention
+    extra_keys: list[Any] = field(default_factory=list)  # ExtraKeys behind those of every call in the stack
 
     def see(self, diffusion_model: Any, x: Any) -> None:
         """The tensor that reaches the diffusion model fixes the token grid."""
@@ -78,6 +79,15 @@ class ModelFeature(Feature):
     def around_model(self, state: Any, forward: Forward, x: torch.Tensor, sigma: torch.Tensor, proceed):
         """proceed() computes the denoised prediction [B, ...]; return it or a replacement."""
         return proceed()
+
+
+class NetworkFeature(Feature):
+    """A feature that prepares a call of the network itself, where the architecture has the DIFFUSION_MODEL wrapper."""
+
+    def before_network(self, state: Any, forward: Forward, options: dict[str, Any]) -> dict[str, Any]:
+        """forward.inputs hold what the network is given by name, as other packs' wrappers left it -> the
+        transformer_options that it gets in place of `options`, which stay as they are."""
+        return options
 
 
 def apply_model(executor, *args, **kwargs):
@@ -125,7 +135,11 @@ def diffusion_model(executor, *args, **kwargs):
         forward.timestep = args[1] if len(args) > 1 else kwargs.get("timestep")
         names = blocks.argument_names(executor.original)
         forward.inputs = {**dict(zip(names, args, strict=False)), **kwargs}
-        args, kwargs = replace_options(args, kwargs, attention.above(forward, options))
+        options = attention.above(forward, options)
+        for feature in forward.run.acting:
+            if isinstance(feature, NetworkFeature):
+                options = feature.before_network(forward.run.states[feature], forward, options)
+        args, kwargs = replace_options(args, kwargs, options)
     return executor(*args, **kwargs)
 
 

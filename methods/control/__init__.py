@@ -1,0 +1,1 @@
+"""Control adapters: their weights, and what they compute beside a frozen model."""

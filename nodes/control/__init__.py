@@ -1,0 +1,1 @@
+"""Nodes that condition a MODEL, and that combine LoRA."""

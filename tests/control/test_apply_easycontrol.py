@@ -1,0 +1,289 @@
+"""Apply EasyControl on the stock FLUX class against the one masked sequence that it stands for, written out in the helper."""
+
+import contextlib
+
+import pytest
+import torch
+from easycontrol_helper import Condition, forward, loras
+from nodes_helper import Job, error, facts, model_of, run_node, taylor, watching
+
+from tessera.methods.attention.call import Answer
+from tessera.methods.control.easycontrol import read
+from tessera.nodes.attention.sparse_linear_attention import SparseLinearAttention
+from tessera.nodes.control.apply_easycontrol import ApplyEasycontrol
+from tessera.patching.attention import AttentionFeature
+from tessera.patching.run import attach
+
+NAME = "Apply EasyControl"
+SIZES = (2, 2, 128)
+
+
+def control(seed=1, rank=5):
+    return read(loras(*SIZES, rank, seed), "canny.safetensors", {})
+
+
+def latent(seed=5, h=6, w=8, batch=1):
+    return torch.randn(batch, 16, h, w, generator=torch.Generator().manual_seed(seed))
+
+
+def applied(model, seed=1, samples=None, **inputs):
+    samples = latent() if samples is None else samples
+    return run_node(ApplyEasycontrol, model=model, easycontrol=control(seed), latent={"samples": samples}, **inputs)[0]
+
+
+@contextlib.contextmanager
+def network_calls(model):
+    """Inputs and outputs of the picture's calls of the network; calls without rows of conditions are the pre-pass."""
+    calls, alone = [], []
+
+    def hook(module, args, kwargs, out):
+        given = {**dict(zip(("x", "timestep", "context"), args, strict=False)), **kwargs}
+        if "cond_or_uncond" in given["transformer_options"]:
+            values = [given[n] for n in ("x", "timestep", "context", "y", "guidance")]
+            calls.append([v.clone().float() for v in (*values, out)])
+        else:
+            alone.append(given["x"].shape)
+
+    handle = model.model.diffusion_model.register_forward_hook(hook, with_kwargs=True)
+    try:
+        yield calls, alone
+    finally:
+        handle.remove()
+
+
+def conditions(model, *parts):
+    process = model.model.process_latent_in
+    return [Condition(process(p.pop("samples")), loras(*SIZES, 5, p.pop("seed")), **p) for p in parts]
+
+
+CASES = {
+    "one layout": [dict(seed=1)],
+    "a layout of odd size": [dict(seed=1, h=5, w=3)],
+    "a subject": [dict(seed=2, mode="subject")],
+    "two that do not see each other": [dict(seed=1), dict(seed=2, mode="subject", h=4, w=4)],
+    "weak and strong": [dict(seed=1, strength=0.3), dict(seed=2, strength=1.7, lora_scale=0.4)],
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+def test_equals_one_masked_sequence(name, cfg):
+    model, spec = model_of("flux")
+    parts = []
+    for case in CASES[name]:
+        case = dict(case)
+        samples = latent(case["seed"] + 10, case.pop("h", 6), case.pop("w", 8))
+        seed, mode = case.pop("seed"), case.pop("mode", "spatial")
+        model = applied(model, seed, samples, mode=mode, **case)
+        scale = case.pop("lora_scale", 1.0)
+        parts.append(dict(samples=samples, seed=seed, subject=mode == "subject", scale=scale, **case))
+    with network_calls(model) as (calls, alone):
+        Job(spec, steps=3, cfg=cfg, latent=torch.zeros(1, 16, 8, 12))(model)
+    assert len(calls) == 3 and len(alone) == len(parts) * (1 if cfg == 1 else 2)
+    network = model.model.diffusion_model
+    for x, t, context, y, guidance, out in calls:
+        want = forward(network, x, t, context, y, guidance, conditions(model, *[dict(p) for p in parts]))
+        assert error(out, want) < 1e-5
+
+
+def test_the_reference_sees_the_condition():
+    model, spec = model_of("flux")
+    with network_calls(applied(model)) as (calls, _):
+        Job(spec, steps=1, cfg=1.0)(applied(model))
+    x, t, context, y, guidance, out = calls[0]
+    bare = forward(model.model.diffusion_model, x, t, context, y, guidance, [])
+    assert error(out, bare) > 1e-2
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_recomputing_changes_nothing(dtype):
+    model, spec = model_of("flux", dtype)
+    job = Job(spec, steps=4, batch=2)
+    kept, again = applied(model), applied(model, cache="recompute")
+    assert torch.equal(job(kept), job(again))
+    assert facts(kept, NAME)["passes"] == 2 and facts(again, NAME)["passes"] == 8
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("inputs", [dict(strength=0.0), dict(start_percent=1.0), dict(end_percent=0.0)])
+def test_off_is_the_base_bit_for_bit(dtype, inputs):
+    model, spec = model_of("flux", dtype)
+    job = Job(spec, steps=3)
+    assert torch.equal(job(applied(model, **inputs)), job(model))
+
+
+def test_acts_between_its_steps_only():
+    model, spec = model_of("flux")
+    part = applied(model, start_percent=0.3, end_percent=0.8)
+    with network_calls(part) as (calls, alone):
+        Job(spec, steps=6, cfg=1.0)(part)
+    network, found = model.model.diffusion_model, []
+    for x, t, context, y, guidance, out in calls:
+        bare = error(out, forward(network, x, t, context, y, guidance, [])) < 1e-5
+        whole = conditions(part, dict(samples=latent(), seed=1))
+        assert bare != (error(out, forward(network, x, t, context, y, guidance, whole)) < 1e-5)
+        found.append(not bare)
+    assert True in found and found[0] is False and found[-1] is False and len(alone) == 1
+
+
+def test_cached_steps_compute_no_condition_token():
+    model, spec = model_of("flux")
+    seen = []
+    hooks = [
+        m.register_forward_hook(lambda m, args, out: seen.append(out.shape[1]))
+        for n, m in model.model.diffusion_model.named_modules()
+        if n.endswith(("qkv", "linear1", "linear2", "img_mlp.0", "img_mlp.2"))
+    ]
+    try:
+        Job(spec, steps=4, cfg=1.0)(applied(model))
+        ours = sum(seen)
+        seen.clear()
+        Job(spec, steps=4, cfg=1.0)(model)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    once, text = 12 + 1, 1  # 6 x 8 latent cells: 12 tokens, and one of text, once
+    doubles = 2 * (3 * (once - text) + text + 0)  # qkv of the image, two MLP layers; qkv of the text
+    singles = 2 * 2 * once
+    assert ours - sum(seen) == doubles + singles
+
+
+def test_each_picture_has_its_own_condition():
+    model, spec = model_of("flux")
+    samples = latent(batch=2)
+    both = Job(spec, steps=2, batch=2)
+    noise = torch.randn(1, *spec.latent[1:], generator=torch.Generator().manual_seed(3)).repeat(2, 1, 1, 1)
+    both.noise = noise
+    got = both(applied(model, samples=samples))
+    for i in range(2):
+        one = Job(spec, steps=2, noise=noise[:1])(applied(model, samples=samples[i : i + 1]))
+        assert error(got[i : i + 1], one) < 1e-5
+    assert error(got[:1], got[1:]) > 1e-2
+
+
+def test_separate_conditions_draw_as_joined_ones(monkeypatch):
+    import comfy.model_management
+    from comfy.model_base import BaseModel
+
+    model, spec = model_of("flux")
+    joined = Job(spec, steps=2)(applied(model))
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda d=None, both=False: (1 << 40, 0) if both else 1)
+    monkeypatch.setattr(BaseModel, "memory_required", lambda *a, **k: 1 << 40)
+    with network_calls(model) as (calls, _):
+        apart = Job(spec, steps=2)(applied(model))
+    assert len(calls) == 4 and error(apart, joined) < 1e-5
+
+
+def test_a_rerun_is_equal_and_nothing_stays():
+    import gc
+    import weakref
+
+    import tessera.patching.easycontrol as module
+
+    model, spec = model_of("flux")
+    patched, states = applied(model), []
+    begin = module.EasyControlFeature.begin
+
+    def watched(self, run):
+        state = begin(self, run)
+        states.append(weakref.ref(state))
+        return state
+
+    module.EasyControlFeature.begin = watched
+    try:
+        job = Job(spec, steps=2)
+        assert torch.equal(job(patched), job(patched))
+        broken = Job(spec, steps=3, on_step=lambda step: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            broken(patched)
+        assert torch.equal(job(patched), job(patched))
+    finally:
+        module.EasyControlFeature.begin = begin
+    gc.collect()
+    assert len(states) == 5 and not any(state() for state in states)
+    assert not any(m._forward_hooks for m in model.model.diffusion_model.modules())
+
+
+def test_a_failing_pass_leaves_no_lora_behind():
+    model, spec = model_of("flux")
+    plain = Job(spec, steps=2)(model)
+    block = model.model.diffusion_model.single_blocks[1]
+    handle = block.register_forward_pre_hook(lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        Job(spec, steps=2)(applied(model))
+    handle.remove()
+    assert torch.equal(Job(spec, steps=2)(model), plain)
+
+
+def test_eight_bits_cost_little_and_hold_half():
+    model, spec = model_of("flux", "bf16")
+    job = Job(spec, steps=3)
+    wide, narrow = applied(model), applied(model, kv_dtype="fp8_e4m3")
+    want, got = job(wide), job(narrow)
+    assert 0 < error(got, want) < 0.05
+    assert facts(narrow, NAME)["bytes"] < 0.52 * facts(wide, NAME)["bytes"]
+
+
+class Whole:
+    """Dense attention as a plan gets it: a query for every key, the picture's tokens where the layout says."""
+
+    spatial = True
+
+    def begin(self):
+        return []
+
+    def attend(self, state, call):
+        layout = call.places()
+        state.append(layout)
+        bias = call.served_bias()
+        mask = None if bias is None else bias[:, None, None].to(call.q.dtype)
+        out = torch.nn.functional.scaled_dot_product_attention(call.q, call.k, call.v, mask, scale=call.scale)
+        return Answer(out, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+def test_a_plan_is_given_the_condition_as_tokens_like_text(strength):
+    model, spec = model_of("flux")
+    both = applied(applied(model, strength=strength), 2)
+    planned = attach(both, AttentionFeature(None, "Whole", method=Whole(), min_tokens=0))
+    with network_calls(model) as (calls, _):
+        got = Job(spec, steps=2)(planned)
+    told = facts(planned, "Whole")
+    assert told["served"] == told["calls"] == 8 and not told["declined"]
+    assert error(got, Job(spec, steps=2)(both)) < 1e-5
+
+
+def test_a_sparse_plan_serves_beside_it():
+    model, spec = model_of("flux")
+    small = dict(latent=torch.zeros(1, 16, 16, 16), steps=2)
+    controlled = applied(model)
+    half = run_node(SparseLinearAttention, model=controlled, topk=0.5, min_tokens=0, block_q="16", block_k="16")[0]
+    assert 0 < error(Job(spec, **small)(half), Job(spec, **small)(controlled)) < 0.3
+    told = facts(half, "Sparse-Linear Attention")
+    assert told["served"] == told["calls"] and told["pairs_fraction"] < 1
+
+
+@pytest.mark.parametrize("order", ["cache first", "control first"])
+def test_a_cache_skips_beside_it(order):
+    model, spec = model_of("flux")
+    patched = applied(taylor(model)) if order == "cache first" else taylor(applied(model))
+    with watching(patched) as watch:
+        got = Job(spec, steps=8, cfg=1.0)(patched)
+    full = Job(spec, steps=8, cfg=1.0)(applied(model))
+    computed = sum(d["kind"] == "full" for d in facts(patched)["decisions"])
+    assert computed < 8 and watch.each[0] == computed + 1
+    assert 0 < error(got, full) < 0.5
+
+
+def test_flops_of_the_issue():
+    from tessera.patching.easycontrol import flops_ratio
+
+    assert flops_ratio(4096 + 512, 3072, 1024) == pytest.approx(1.18, abs=0.01)
+    assert flops_ratio(1024 + 512, 3072, 2048) == pytest.approx(2.2, abs=0.1)
+
+
+def test_other_models_are_refused():
+    for name, word in (("sd3", "Stable Diffusion 3"), ("flux2", "FLUX.2"), ("chroma", "Chroma")):
+        with pytest.raises(ValueError, match=r"FLUX\.1-dev") as refused:
+            applied(model_of(name)[0], samples=torch.zeros(1, model_of(name)[0].model.latent_format.latent_channels, 4, 4))
+        assert word in str(refused.value)
