@@ -97,11 +97,11 @@ class EasyControlFeature(ControlFeature, NetworkFeature):
     def _held(self, state: EasyControlState, forward: Forward, number: int, rotations: torch.Tensor):
         """Keys and values for one stream, from the run's cache where they are."""
         stream = _identity(forward.keys[number])
-        if stream not in state.held or self.cache == "recompute":
-            made = self._compute(state, forward, number, rotations)
-            state.held[stream] = made
-            held = sum(part.bytes for entry in state.held.values() for pair in entry.values() for part in pair)
-            state.bytes = max(state.bytes, held)
+        if self.cache == "recompute":
+            return self._compute(state, forward, number, rotations)
+        if stream not in state.held:
+            state.held[stream] = self._compute(state, forward, number, rotations)
+            state.bytes = sum(part.bytes for entry in state.held.values() for pair in entry.values() for part in pair)
         return state.held[stream]
 
     def _compute(self, state: EasyControlState, forward: Forward, number: int, rotations: torch.Tensor):

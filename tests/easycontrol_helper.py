@@ -28,7 +28,8 @@ def vector(w, t, y, guidance):
 def rotated(x, ids, axes, theta):
     """x [B, H, N, D] turned by ids [N, 3]."""
     angles = torch.cat(
-        [ids[:, i : i + 1].double() / theta ** (torch.arange(0, dim, 2).double() / dim) for i, dim in enumerate(axes)], -1
+        [ids[:, i : i + 1].double() / theta ** (torch.arange(0, dim, 2).double() / dim) for i, dim in enumerate(axes)],
+        -1,
     )
     pairs = x.double().reshape(*x.shape[:-1], -1, 2)
     turned = torch.view_as_complex(pairs.contiguous()) * torch.polar(torch.ones_like(angles), angles)

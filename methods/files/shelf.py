@@ -25,6 +25,15 @@ def names(folder: Path, suffix: str) -> list[str]:
     return sorted(p.name for p in found if p.is_file() and NAME.fullmatch(p.stem) and p.resolve().parent == here)
 
 
+def free(folder: Path, name: str, suffix: str) -> Path:
+    """The first path name_00001, name_00002 ... that no file has."""
+    numbered = (folder / f"{name}_{n:05d}{suffix}" for n in range(1, 100000))
+    found = next((path for path in numbered if not path.exists()), None)
+    if found is None:
+        raise ValueError(f"{folder} holds 99,999 files named {name}_…; choose another filename.")
+    return found
+
+
 @dataclass(frozen=True)
 class Shelf:
     """The user's own folder, which goes first, and the one that the pack carries."""

@@ -1,5 +1,4 @@
 import dataclasses
-import re
 from math import isfinite
 from pathlib import Path
 
@@ -8,11 +7,12 @@ from comfy_api.latest import io
 
 from ...methods.attention.sparse_linear import SparseLinear
 from ...methods.attention.sparse_linear_weights import write
+from ...methods.files.shelf import free, plain_name
 from ...patching.sampling import Job
 from ...patching.sparse_linear import block_size, calibrate, patch, sparse_inputs
 from ...patching.widgets import where, where_inputs
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+SUFFIX = ".safetensors"
 
 
 class CalibrateSparseLinearAttention(io.ComfyNode):
@@ -61,36 +61,17 @@ class CalibrateSparseLinearAttention(io.ComfyNode):
     def execute(cls, model, positive, negative, latent, noise, sampler, sigmas, cfg, topk, variant, negligible,
                 feature_map, block_q, block_k, keep_own, order, captures, ridge, filename, verify, **shared):  # fmt: skip
         folder = Path(folder_paths.get_folder_paths("model_patches")[0])
-        check_name(filename)
+        name = plain_name(filename, SUFFIX, "filename")
         numbers = block_size(block_q), block_size(block_k)
         method = SparseLinear(topk, variant, negligible, feature_map, *numbers, keep_own, order)
         job = Job(positive, negative, latent, sampler, sigmas, noise, cfg)
         node, acts = cls.hidden.unique_id, where(**shared)
         found = calibrate(model, job, node, method, acts, captures, ridge, verify)
-        path = free(folder, filename)
+        path = free(folder, name, SUFFIX)
         write(path, found.projections)
         fitted = dataclasses.replace(method, projections=dataclasses.replace(found.projections, name=path.name))
         report = {**found.record, "calibration": told(path.name, found), "notes": notes(path.name, found)}
         return io.NodeOutput(patch(model, node, fitted, acts), str(path), report, ui={"tessera_report": [report]})
-
-
-def check_name(name):
-    """ValueError for what is no plain file name."""
-    if not NAME.fullmatch(name) or ".." in name:
-        raise ValueError(
-            f"filename {name!r} must be up to 100 letters, digits, dots, - or _, beginning with a letter or a digit, "
-            "without a folder."
-        )
-
-
-def free(folder, name):
-    """The first path of that name that no file has."""
-    name = name.removesuffix(".safetensors")
-    numbers = (folder / f"{name}_{n:05d}.safetensors" for n in range(1, 100000))
-    found = next((path for path in numbers if not path.exists()), None)
-    if found is None:
-        raise ValueError(f"{folder} holds 99,999 files named {name}_…; choose another filename.")
-    return found
 
 
 def told(name, found):

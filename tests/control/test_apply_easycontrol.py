@@ -57,11 +57,11 @@ def conditions(model, *parts):
 
 
 CASES = {
-    "one layout": [dict(seed=1)],
-    "a layout of odd size": [dict(seed=1, h=5, w=3)],
-    "a subject": [dict(seed=2, mode="subject")],
-    "two that do not see each other": [dict(seed=1), dict(seed=2, mode="subject", h=4, w=4)],
-    "weak and strong": [dict(seed=1, strength=0.3), dict(seed=2, strength=1.7, lora_scale=0.4)],
+    "one layout": [{"seed": 1}],
+    "a layout of odd size": [{"seed": 1, "h": 5, "w": 3}],
+    "a subject": [{"seed": 2, "mode": "subject"}],
+    "two that do not see each other": [{"seed": 1}, {"seed": 2, "mode": "subject", "h": 4, "w": 4}],
+    "weak and strong": [{"seed": 1, "strength": 0.3}, {"seed": 2, "strength": 1.7, "lora_scale": 0.4}],
 }
 
 
@@ -105,7 +105,7 @@ def test_recomputing_changes_nothing(dtype):
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("inputs", [dict(strength=0.0), dict(start_percent=1.0), dict(end_percent=0.0)])
+@pytest.mark.parametrize("inputs", [{"strength": 0.0}, {"start_percent": 1.0}, {"end_percent": 0.0}])
 def test_off_is_the_base_bit_for_bit(dtype, inputs):
     model, spec = model_of("flux", dtype)
     job = Job(spec, steps=3)
@@ -120,7 +120,7 @@ def test_acts_between_its_steps_only():
     network, found = model.model.diffusion_model, []
     for x, t, context, y, guidance, out in calls:
         bare = error(out, forward(network, x, t, context, y, guidance, [])) < 1e-5
-        whole = conditions(part, dict(samples=latent(), seed=1))
+        whole = conditions(part, {"samples": latent(), "seed": 1})
         assert bare != (error(out, forward(network, x, t, context, y, guidance, whole)) < 1e-5)
         found.append(not bare)
     assert True in found and found[0] is False and found[-1] is False and len(alone) == 1
@@ -167,7 +167,9 @@ def test_separate_conditions_draw_as_joined_ones(monkeypatch):
 
     model, spec = model_of("flux")
     joined = Job(spec, steps=2)(applied(model))
-    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda d=None, both=False: (1 << 40, 0) if both else 1)
+    monkeypatch.setattr(
+        comfy.model_management, "get_free_memory", lambda d=None, both=False: (1 << 40, 0) if both else 1
+    )
     monkeypatch.setattr(BaseModel, "memory_required", lambda *a, **k: 1 << 40)
     with network_calls(model) as (calls, _):
         apart = Job(spec, steps=2)(applied(model))
@@ -255,7 +257,7 @@ def test_a_plan_is_given_the_condition_as_tokens_like_text(strength):
 
 def test_a_sparse_plan_serves_beside_it():
     model, spec = model_of("flux")
-    small = dict(latent=torch.zeros(1, 16, 16, 16), steps=2)
+    small = {"latent": torch.zeros(1, 16, 16, 16), "steps": 2}
     controlled = applied(model)
     half = run_node(SparseLinearAttention, model=controlled, topk=0.5, min_tokens=0, block_q="16", block_k="16")[0]
     assert 0 < error(Job(spec, **small)(half), Job(spec, **small)(controlled)) < 0.3
@@ -285,5 +287,7 @@ def test_flops_of_the_issue():
 def test_other_models_are_refused():
     for name, word in (("sd3", "Stable Diffusion 3"), ("flux2", "FLUX.2"), ("chroma", "Chroma")):
         with pytest.raises(ValueError, match=r"FLUX\.1-dev") as refused:
-            applied(model_of(name)[0], samples=torch.zeros(1, model_of(name)[0].model.latent_format.latent_channels, 4, 4))
+            applied(
+                model_of(name)[0], samples=torch.zeros(1, model_of(name)[0].model.latent_format.latent_channels, 4, 4)
+            )
         assert word in str(refused.value)
