@@ -34,6 +34,8 @@ def prepare_sampling(executor, model, noise_shape, conds, *args, **kwargs):
     """PREPARE_SAMPLING wrapper."""
     options = kwargs.get("model_options") or (args[0] if args else None) or {}
     run = options.get("transformer_options", {}).get(RUN)
+    for feature in () if run is None else run.acting:
+        feature.prepare(run, tuple(noise_shape))
     several = bool(model.get_additional_models_with_key("multigpu"))  # there core copies its ControlNets to every GPU
     acting = () if run is None or several else run.acting
     held = sum(feature.held_bytes(run, tuple(noise_shape), conds) for feature in acting)

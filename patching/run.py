@@ -48,6 +48,9 @@ class Feature:
         """What draws the mask of the finished run of so many steps, for a report that asks."""
         return None
 
+    def prepare(self, run: "Run", noise_shape: tuple[int, ...]) -> None:
+        """Called before the model is loaded: the place to make what depends on the size of the noise."""
+
     def held_bytes(self, run: "Run", noise_shape: tuple[int, ...], conds: dict[str, Any]) -> int:
         """Bytes that it will hold on the model's device in this run, for core's memory estimate."""
         return 0
