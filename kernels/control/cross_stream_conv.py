@@ -15,8 +15,7 @@ from ..conv._taps import BC, BN, _convolved
 from ..conv.depthwise_conv import depthwise_conv_backward
 
 GELU = {"none": "gelu", "tanh": "gelu_tanh"}
-BLOCK = 1024  # channels of one row that a program of gelu_rows takes
-SIZES = ["N", "W", "C", "rb", "ab", "yb"]
+SIZES = ["N", "W", "C", "ab"]
 _jit = triton.jit(do_not_specialize=SIZES) if hasattr(triton, "__version__") else triton.jit
 
 
@@ -65,15 +64,6 @@ def reference(
 
 
 @_jit
-def gelu_rows(R, G, N, C, rb, rn, KIND: tl.constexpr, BLOCK: tl.constexpr):
-    """G [B, N, C] = gelu(R); one program a row and BLOCK channels."""
-    n, batch = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
-    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(R + batch * rb + n * rn + c, mask=c < C, other=0.0).to(tl.float32)
-    tl.store(G + (batch * N + n) * C + c, activated(x, KIND).to(G.dtype.element_ty), mask=c < C)
-
-
-@_jit
 def cross_stream(
     A, G, WEIGHT, BIAS, OUT, N, W, C, scale, ab, an,
     K: tl.constexpr, KIND: tl.constexpr, BIASED: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
@@ -93,10 +83,6 @@ cross_stream_conv = torch.library.custom_op("tessera::cross_stream_conv", refere
 cross_stream_conv.register_fake(lambda a, r, *_, **__: (a.new_empty(a.shape), r.new_empty(r.shape)))
 
 
-def _ready(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(2) == 1 else x.contiguous()
-
-
 @on_gpu(cross_stream_conv)
 def launch(
     a: torch.Tensor,
@@ -111,14 +97,13 @@ def launch(
     if a.dtype == torch.float64:
         return reference(a, r, weight, bias, grid, scale, approximate)
     _check(a, r, weight, bias, grid, approximate)
-    a, r, (b, n, c) = _ready(a), _ready(r), a.shape
-    g, out, kind = r.new_empty(b, n, c), a.new_empty(b, n, c), ACTIVATIONS[GELU[approximate]]
+    a, (b, n, c) = a if a.stride(2) == 1 else a.contiguous(), a.shape
+    g, out = activate(r, GELU[approximate]).contiguous(), a.new_empty(b, n, c)
     taps = weight.flatten(1).t().contiguous()  # [K K, C]: neighbouring channels are read together
     if out.numel():
-        gelu_rows[(n, triton.cdiv(c, BLOCK), b)](r, g, n, c, *r.stride()[:2], KIND=kind, BLOCK=BLOCK, num_warps=4)
         cross_stream[(triton.cdiv(n, BN), triton.cdiv(c, BC), b)](
             a, g, taps, taps if bias is None else bias.contiguous(), out, n, grid[1], c, scale, *a.stride()[:2],
-            K=weight.shape[-1], KIND=kind, BIASED=bias is not None, BN=BN, BC=BC, num_warps=4,
+            K=weight.shape[-1], KIND=ACTIVATIONS[GELU[approximate]], BIASED=bias is not None, BN=BN, BC=BC, num_warps=4,
         )  # fmt: skip
     return out, g
 
@@ -150,15 +135,12 @@ def example(tokens: int, device: str, dtype: torch.dtype) -> tuple:
 
 
 def aot_specs() -> list[dict]:
-    """SD3.5's widths in bf16 and fp32."""
+    """SD3.5's convolution in bf16 and fp32."""
     specs = []
-    sizes = {"N": "i32", "W": "i32", "C": "i32"}
     for dtype in ("bf16", "fp32"):
-        args = dict.fromkeys(("R", "G"), f"*{dtype}") | {"N": "i32", "C": "i32", "rb": "i64", "rn": "i64"}
-        spec = {"kernel": "gelu_rows", "args": args, "const": {"KIND": 3, "BLOCK": BLOCK}, "tag": dtype}
-        specs.append(spec | {"extra": dtype != "bf16"})
-        args = dict.fromkeys(("A", "G", "WEIGHT", "BIAS", "OUT"), f"*{dtype}") | sizes
+        args = dict.fromkeys(("A", "G", "WEIGHT", "BIAS", "OUT"), f"*{dtype}") | dict.fromkeys(("N", "W", "C"), "i32")
         args |= {"scale": "fp32", "ab": "i64", "an": "i64"}
         const = {"K": 3, "KIND": 3, "BIASED": True, "BN": BN, "BC": BC}
-        specs.append({"kernel": "cross_stream", "args": args, "const": const, "tag": dtype, "extra": dtype != "bf16"})
-    return [spec | {"warps": 4, "stages": 3, "unaligned": tuple(SIZES)} for spec in specs]
+        spec = {"kernel": "cross_stream", "args": args, "const": const, "tag": dtype, "extra": dtype != "bf16"}
+        specs.append(spec | {"warps": 4, "stages": 3, "unaligned": tuple(SIZES)})
+    return specs
