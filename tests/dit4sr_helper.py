@@ -1,6 +1,7 @@
 """A tiny DiT4SR in the released file's layout, its MODEL through ComfyUI's own converter, and the authors' forward written
 out in plain torch on diffusers' names, without the pack."""
 
+import functools
 import json
 import math
 from dataclasses import replace
@@ -23,6 +24,7 @@ def control_shapes(blocks=BLOCKS, dual=DUAL, width=WIDTH):
     return {k: [width * (n // 1536) if n >= 1536 else n for n in shape] for k, shape in found.items()}
 
 
+@functools.cache
 def base_shapes():
     """Of diffusers' own class."""
     from diffusers import SD3Transformer2DModel
@@ -51,12 +53,17 @@ def made(shapes, seed=0):
     return out
 
 
-def control(seed=1):
-    return made(control_shapes(), seed)
+@functools.cache
+def _made(kind):
+    return made({"control": control_shapes, "base": base_shapes}[kind](), seed=len(kind))
 
 
-def base(seed=0):
-    return made(base_shapes(), seed)
+def control():
+    return {key: tensor.clone() for key, tensor in _made("control").items()}
+
+
+def base():
+    return {key: tensor.clone() for key, tensor in _made("base").items()}
 
 
 def model_of_base(tensors, dtype="fp32"):
@@ -114,7 +121,10 @@ class Port:
         bias = torch.zeros(k.shape[2])
         bias[n : 2 * n] = math.log(self.weight)
         out = scaled_dot_product_attention(q, k, v, bias.expand(q.shape[2], -1)).transpose(1, 2).flatten(2)
-        own, theirs = self.lin(f"{path}.to_out.0", out[:, :n]), self.lin(f"{path}.to_out_control", out[:, n : 2 * n] + r)
+        own, theirs = (
+            self.lin(f"{path}.to_out.0", out[:, :n]),
+            self.lin(f"{path}.to_out_control", out[:, n : 2 * n] + r),
+        )
         return torch.cat((own, theirs), 1), out[:, 2 * n :]
 
     def mlp(self, path, x, grid):

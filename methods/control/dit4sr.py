@@ -190,8 +190,8 @@ class ControlAttention(torch.nn.Module):
 
     def projected(self, qkv: torch.Tensor) -> torch.Tensor:
         """The base model's projections of r [B, N, 3 D] -> those of the adapter, the same shape."""
-        parts = zip((self.to_q_control, self.to_k_control, self.to_v_control), qkv.chunk(3, -1), strict=True)
-        return torch.cat([layer(part) for layer, part in parts], -1)
+        parts = zip(LAYERS, qkv.chunk(3, -1), strict=False)
+        return torch.cat([self.get_submodule(layer)(part) for layer, part in parts], -1)
 
 
 class ControlBlock(torch.nn.Module):
