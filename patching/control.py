@@ -1,7 +1,7 @@
 """What control adapters share: when they act, how strongly, and their condition in the model's own latent space."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from comfy_api.latest import io
@@ -11,7 +11,11 @@ from .run import Feature, Run
 
 @dataclass(frozen=True, eq=False)
 class ControlFeature(Feature):
-    """An adapter that adds a condition to a MODEL. Where it does not act, the MODEL is the base bit for bit."""
+    """An adapter that adds a condition to a MODEL. Where it does not act, the MODEL is the base bit for bit.
+
+    parts: it cuts its condition to the part of the picture that a call computes (Forward.part)."""
+
+    parts: ClassVar[bool] = False
 
     strength: float = 1.0
     percents: tuple[float, float] = (0.0, 1.0)  # part of the noise schedule in which it acts

@@ -53,6 +53,9 @@ class Forward:
     appended: int = 0  # tokens that a feature has put behind the image's, as queries and keys of self-attention
     extra_keys: list[Any] = field(default_factory=list)  # ExtraKeys behind those of every call in the stack
 
+    part: tuple[slice, slice] | None = None  # rows and columns of the picture that this call computes; None: all
+    held: dict[Any, Any] = field(default_factory=dict)  # what features keep for this call, by feature
+
     def see(self, diffusion_model: Any, x: Any) -> None:
         """The tensor that reaches the diffusion model fixes the token grid."""
         self.diffusion_model, self.x = diffusion_model, x
@@ -90,15 +93,35 @@ class NetworkFeature(Feature):
         return options
 
 
+class PartFeature(Feature):
+    """A feature that may compute a call of the diffusion model part by part."""
+
+    def in_parts(self, state: Any, args: Any, kwargs: dict[str, Any], compute) -> torch.Tensor:
+        """What apply_model gives for these arguments. compute(args, kwargs, part) is a call of its own, with its own
+        tokens and stream keys; part: its rows and columns in the picture, None for all of it."""
+        return compute(args, kwargs, None)
+
+
 def apply_model(executor, *args, **kwargs):
-    """APPLY_MODEL wrapper: opens a Forward, installs the hooks of this run, closes it."""
+    """APPLY_MODEL wrapper: one call of the diffusion model, or several."""
     options = find_options(args, kwargs)
     run = options.get(RUN)
     if run is None:
         return executor(*args, **kwargs)
+
+    def compute(args, kwargs, part):
+        return _call(executor, run, options.copy(), args, kwargs, part)
+
+    for feature in run.acting:
+        if isinstance(feature, PartFeature):
+            return feature.in_parts(run.states[feature], args, kwargs, compute)
+    return compute(args, kwargs, None)
+
+
+def _call(executor, run: Run, options: dict[str, Any], args, kwargs, part):
+    """Opens a Forward, installs the hooks of this run, closes it."""
     x, sigma = args[0], args[1]
-    options = options.copy()
-    forward = Forward(run, stream_keys(run, options, x), options)
+    forward = Forward(run, stream_keys(run, options, x), options, part=part)
     options[FORWARD] = forward
     forward.diffusion_model = executor.class_obj.diffusion_model
     forward.control = args[4] if len(args) > 4 else kwargs.get("control")  # x, t, c_concat, c_crossattn, control
