@@ -177,7 +177,8 @@ def _plans(forward) -> list[AttentionFeature]:
 def install(forward, options: dict[str, Any]) -> None:
     """Puts the dispatcher into this call's options; what it finds there becomes the fallback."""
     plans, arch = _plans(forward), forward.run.arch
-    if not (plans or arounds(forward) or keepers(forward)) or arch is None:
+    more_keys = any(feature.adds_keys for feature in forward.run.acting)
+    if not (plans or arounds(forward) or keepers(forward) or more_keys) or arch is None:
         return
     if arch.override:
         forward.override = options[OVERRIDE] = eager(_hook(forward, plans, options.get(OVERRIDE)), options)
@@ -231,6 +232,11 @@ def _dispatcher(forward, plans: list[AttentionFeature], earlier: Callable | None
         if call is None or call.kind not in ("self", "joint"):
             return rest()
         queries = call.q.shape[2]
+        if extra_keys.biases(forward, call):
+            call = extra_keys.biased(forward, call)
+            args, kwargs = extra_keys.with_mask(args, kwargs, call.mask)
+            dense = functools.partial(_rest, forward, earlier, func, *args, **kwargs)
+            rest = extra_keys.served(forward, call, pack, earlier) or dense
         call = extra_keys.widened(call) if plans else call
         for plan in plans:
             state = forward.run.states[plan]

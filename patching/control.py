@@ -8,6 +8,8 @@ from comfy_api.latest import io
 
 from .run import Feature, Run
 
+EasyControlSocket = io.Custom("TESSERA_EASYCONTROL")
+
 
 @dataclass(frozen=True, eq=False)
 class ControlFeature(Feature):

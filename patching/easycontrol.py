@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -39,6 +39,7 @@ class EasyControlState:
 class EasyControlFeature(ControlFeature, NetworkFeature):
     """One condition. latent [b, C, h, w] as the model sees it."""
 
+    adds_keys: ClassVar[bool] = True
     weights: EasyControlWeights | None = None
     latent: torch.Tensor | None = None
     subject: bool = False
@@ -77,12 +78,13 @@ class EasyControlFeature(ControlFeature, NetworkFeature):
         rotations = self._rotations(state, forward, options)
         held = [self._held(state, forward, i, rotations) for i in range(len(forward.keys))]
         rows, log_strength = forward.x.shape[0], math.log(self.strength)
-        patch = appending(lambda key: _rows([entry[key] for entry in held], rows, forward.x), rotations, log_strength)
+        patch = appending(forward, lambda key: _rows([entry[key] for entry in held], rows, forward.x), rotations)
         forward.extra_keys.append(ExtraKeys(rotations.shape[2], log_strength))
         state.calls["served"] += 1
         self._note(state, forward, rotations.shape[2])
-        patches = options.get("patches", {})
-        return {**options, "patches": {**patches, "attn1_patch": [patch, *patches.get("attn1_patch", ())]}}
+        patches, before = options.get("patches", {}), len(forward.extra_keys) - 1  # conditions in order, then other packs'
+        chain = [*patches.get("attn1_patch", ())]
+        return {**options, "patches": {**patches, "attn1_patch": [*chain[:before], patch, *chain[before:]]}}
 
     def _rotations(self, state: EasyControlState, forward: Forward, options: dict[str, Any]) -> torch.Tensor:
         """Of the condition's tokens [1, 1, Nc, D / 2, 2, 2], by the embedder that the picture has in this run."""

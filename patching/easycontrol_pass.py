@@ -123,27 +123,19 @@ def keys_and_values(
     return kept
 
 
-def appending(held: Callable[[Key], Pair], rotations: torch.Tensor, log_strength: float):
+def appending(forward, held: Callable[[Key], Pair], rotations: torch.Tensor):
     """The attn1_patch of the picture's pass: keys, values and rotations of the condition stand behind the picture's."""
 
     def append(q, k, v, pe=None, attn_mask=None, extra_options=None, **unknown):
         more_k, more_v = held((extra_options["block_type"], extra_options["block_index"]))
-        tokens = more_k.shape[2]
         out = {
             "k": torch.cat([k, more_k.to(k.dtype)], 2),
             "v": torch.cat([v, more_v.to(v.dtype)], 2),
             "pe": torch.cat([pe, rotations.to(pe).expand(pe.shape[0], *rotations.shape[1:])], 2),
         }
-        if attn_mask is None and log_strength:
-            attn_mask = torch.zeros(1, 1, 1, k.shape[2], dtype=q.dtype, device=q.device)
+        forward.plain_mask = attn_mask is None
         if attn_mask is not None:
-            visible = True if attn_mask.dtype == torch.bool else log_strength
-            if attn_mask.dtype == torch.bool and log_strength:
-                attn_mask = torch.zeros(attn_mask.shape, dtype=q.dtype, device=q.device).masked_fill(
-                    ~attn_mask, float("-inf")
-                )
-                visible = log_strength
-            out["attn_mask"] = F.pad(attn_mask, (0, tokens), value=visible)
+            out["attn_mask"] = F.pad(attn_mask, (0, more_k.shape[2]), value=attn_mask.dtype == torch.bool)
         return out
 
     return append

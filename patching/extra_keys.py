@@ -1,12 +1,18 @@
 """Keys that a control adapter puts behind a call's own: more keys than queries. A plan is given as many queries more, so that
 to it the extra keys are tokens like text, which all see and which see all; what those queries gave is cut off."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any
 
 import torch
 
 from .. import archs
+from ..kernels.attention.segment_bias import segment_bias
 from ..methods.attention.call import AttentionCall
+from .convention import NAMES
 
 
 @dataclass(frozen=True)
@@ -44,3 +50,41 @@ def widened(call: AttentionCall) -> AttentionCall:
     if mask is not None and mask.shape[2] == n:
         mask = torch.cat([mask, mask[:, :, -1:].expand(-1, -1, missing, -1)], 2)
     return replace(call, q=q, mask=mask)
+
+
+def biases(forward, call: AttentionCall) -> bool:
+    """Whether logits of this call's extra keys are to be shifted."""
+    shifted = any(e.bias for e in forward.extra_keys)
+    return shifted and count(forward, call.q.shape[2], call.k.shape[2]) > 0
+
+
+def biased(forward, call: AttentionCall) -> AttentionCall:
+    """The call with the biases of its extra keys in its mask."""
+    extra = count(forward, call.q.shape[2], call.k.shape[2])
+    parts = [call.q.new_zeros(call.k.shape[2] - extra)]
+    parts += [call.q.new_full((e.tokens,), e.bias) for e in forward.extra_keys]
+    bias = torch.cat(parts)[None, None, None]
+    mask = call.mask
+    if mask is None:
+        return replace(call, mask=bias)
+    return replace(call, mask=torch.where(mask, bias, -torch.inf) if mask.dtype == torch.bool else mask + bias)
+
+
+def with_mask(args: Any, kwargs: dict[str, Any], mask: torch.Tensor) -> tuple[Any, dict[str, Any]]:
+    """The arguments of optimized_attention with another mask."""
+    at = NAMES.index("mask")
+    if len(args) <= at:
+        return args, {**kwargs, "mask": mask}
+    return (*args[:at], mask, *args[at + 1 :]), kwargs
+
+
+def served(forward, call: AttentionCall, pack: Callable, earlier: Callable | None) -> Callable | None:
+    """On a GPU the dense call without a mask of queries and keys; None where another pack's override or a mask of the model's
+    own has to be heeded, or torch does as well."""
+    if earlier is not None or call.q.device.type != "cuda" or not forward.plain_mask:
+        return None
+    own = call.q.shape[2]
+    ends = list(accumulate([own, *(e.tokens for e in forward.extra_keys)]))
+    bias = torch.tensor([[0.0, *(e.bias for e in forward.extra_keys)]], device=call.q.device).expand(len(call.q), -1)
+    compute = functools.partial(segment_bias, call.q, call.k, call.v, ends, bias, call.scale)
+    return lambda: pack(compute())

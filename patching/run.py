@@ -5,7 +5,7 @@ import logging
 import time
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import comfy.model_patcher
 import comfy.utils
@@ -35,6 +35,9 @@ class Feature:
     name: str = "Tessera"  # the node's display name
     unsupported: str = "error"  # or "warn": what to do where the architecture cannot be served
     inactive: str = ""  # why it does nothing on this MODEL
+    adds_keys: ClassVar[bool] = (
+        False  # it puts keys behind those of the stack's calls, and says so in Forward.extra_keys
+    )
 
     def begin(self, run: "Run") -> Any:
         """The state of one sampling run. May raise ValueError where the node cannot act."""

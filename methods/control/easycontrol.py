@@ -86,7 +86,7 @@ def read(
         raise ValueError(
             f"{name} is no EasyControl file: it also has {few}. Take one of Xiaojiu-Z/EasyControl, or one of Train EasyControl."
         )
-    numbers = sorted({int(KEY.fullmatch(key)[4]) for key in tensors})
+    numbers = sorted({int(KEY.fullmatch(key).group(4)) for key in tensors})  # type: ignore[union-attr]
     if condition not in numbers:
         held = f"the conditions {', '.join(map(str, numbers))}" if numbers else "no LoRA at all"
         raise ValueError(f"{name} has no LoRA for condition {condition}: it holds {held}. Choose another condition.")

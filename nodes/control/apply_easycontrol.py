@@ -1,9 +1,8 @@
 from comfy_api.latest import io
 
-from ...patching.control import when_inputs
+from ...patching.control import EasyControlSocket, when_inputs
 from ...patching.easycontrol import CACHES, DTYPES
 from ...patching.easycontrol_apply import MODES, apply
-from .load_easycontrol import EasyControlSocket
 
 
 class ApplyEasycontrol(io.ComfyNode):

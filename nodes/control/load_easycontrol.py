@@ -5,8 +5,8 @@ from comfy_api.latest import io
 
 from ...methods.control.easycontrol import read
 from ...methods.weight_files import read_weights
+from ...patching.control import EasyControlSocket
 
-EasyControlSocket = io.Custom("TESSERA_EASYCONTROL")
 REMEDY = "download it again from Xiaojiu-Z/EasyControl, or train it again"
 
 

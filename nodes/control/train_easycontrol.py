@@ -6,8 +6,8 @@ from comfy_api.latest import io
 
 from ...methods.control.easycontrol import write
 from ...methods.files.shelf import free, plain_name
+from ...patching.control import EasyControlSocket
 from ...patching.train_easycontrol import Settings, train
-from .load_easycontrol import EasyControlSocket
 
 SUFFIX = ".safetensors"
 TOLD = 10  # rows of the report
