@@ -87,6 +87,11 @@ def clear(module: Any, down: int = 4) -> Tensors:
     return random(shapes)
 
 
+def easycontrol(module: Any, rank: int = 4) -> Tensors:
+    """module: the pack's methods.control.easycontrol."""
+    return random(module.expected(*(FLUX.arguments[n] for n in ("depth", "depth_single_blocks", "hidden_size")), rank))
+
+
 def linfusion(module: Any, folder: Path) -> Tensors:
     """Also writes its config.json into the folder. module: the pack's methods.attention.linfusion."""
     entries = [{"module_name": f"{name}.transformer_blocks.0.attn1", "dim_n": 320, "heads": 8, "projection_mid_dim": None}
@@ -141,6 +146,7 @@ def write(needs: list[dict[str, str]], models: Path, pack: Any) -> None:
         "t5xxl_fp16.safetensors": lambda _: {},
         "v1-5-pruned-emaonly.safetensors": lambda _: sd15(),
         "clear_local_16_down_4.safetensors": lambda _: clear(import_module(f"{methods}.clear_weights")),
+        "canny.safetensors": lambda _: easycontrol(import_module(f"{pack.__name__}.methods.control.easycontrol")),
         "LinFusion-1-5/diffusion_pytorch_model.safetensors": lambda folder: linfusion(
             import_module(f"{methods}.linfusion"), folder
         ),

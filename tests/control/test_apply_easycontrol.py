@@ -6,6 +6,7 @@ import pytest
 import torch
 from easycontrol_helper import Condition, forward, loras
 from nodes_helper import Job, error, facts, model_of, run_node, taylor, watching
+from quantized_helper import folder, quantized  # noqa: F401
 
 from tessera.methods.attention.call import Answer
 from tessera.methods.control.easycontrol import read
@@ -291,3 +292,40 @@ def test_other_models_are_refused():
                 model_of(name)[0], samples=torch.zeros(1, model_of(name)[0].model.latent_format.latent_channels, 4, 4)
             )
         assert word in str(refused.value)
+
+
+@pytest.mark.parametrize("form", ["int8_row", "tlq4"])
+def test_quantized_weights_are_as_good_beside_it(form, folder):
+    model, spec = model_of("flux")
+    job = Job(spec, steps=2)
+    packed = quantized("flux", form)[1]
+    lost = error(job(packed), job(model))
+    assert lost > 0
+    got, want = job(applied(packed)), job(applied(model))
+    assert error(got, want) < 1.5 * lost + 1e-3
+    assert error(got, job(packed)) > 1e-2
+    assert torch.equal(got, job(applied(packed, cache="recompute")))
+
+
+def test_a_lora_on_the_model_acts_on_the_condition_too():
+    model, spec = model_of("flux")
+    weights = {k: v.clone() for k, v in model.model.diffusion_model.state_dict().items()}
+    weight = weights["single_blocks.0.linear1.weight"]
+    patch = torch.randn(weight.shape, generator=torch.Generator().manual_seed(2)) * 0.02
+    loraed = model.clone()
+    loraed.add_patches({"diffusion_model.single_blocks.0.linear1.weight": ("diff", (patch,))})
+    patched = applied(loraed)
+    with network_calls(patched) as (calls, _):
+        Job(spec, steps=2, cfg=1.0)(patched)
+    weight += patch
+
+    class Merged:
+        params = model.model.diffusion_model.params
+
+        def state_dict(self):
+            return weights
+
+    for x, t, context, y, guidance, out in calls:
+        want = forward(Merged(), x, t, context, y, guidance, conditions(model, {"samples": latent(), "seed": 1}))
+        bare = forward(Merged(), x, t, context, y, guidance, [])
+        assert error(out, want) < 1e-5 and error(out, bare) > 1e-2

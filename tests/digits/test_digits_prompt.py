@@ -8,7 +8,7 @@ from tessera.nodes.digits.digits_prompt import DigitsPrompt
 
 
 def run(text):
-    return DigitsPrompt.PREPARE_CLASS_CLONE(None).execute(text=text).args[0]
+    return DigitsPrompt.PREPARE_CLASS_CLONE(None).execute(text=text).args[0][0]
 
 
 def test_conditioning_is_four_tokens_and_their_pooled_sum():
@@ -40,3 +40,12 @@ def test_good_words_and_links_pass_validation():
 def test_validation_names_only_the_text():
     """Any further name, or **kwargs, would switch off the host's own checks of that input."""
     assert list(inspect.signature(DigitsPrompt.validate_inputs).parameters) == ["text"]
+
+
+def test_several_prompts_are_a_list():
+    made = DigitsPrompt.PREPARE_CLASS_CLONE(None).execute(text="seven moving left | two |").args[0]
+    assert len(made) == 2
+    for ((tokens, extra),), alone in zip(made, ("seven moving left", "two"), strict=True):
+        ((want, pooled),) = run(alone)
+        assert torch.equal(tokens, want) and torch.equal(extra["pooled_output"], pooled["pooled_output"])
+    assert "twelf" in DigitsPrompt.validate_inputs(text="seven | twelf")
