@@ -1,0 +1,1 @@
+"""Control adapters: their maths and the keys of their files."""
