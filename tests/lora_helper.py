@@ -3,10 +3,13 @@
 import pytest
 import safetensors.torch
 import torch
-from nodes_helper import model_of
+from nodes_helper import model_of, run_node
 
 import comfy.lora  # isort: skip
+import comfy.sd  # isort: skip
 import folder_paths  # isort: skip
+
+from tessera.nodes.control.balanced_lora_stack import BalancedLoraStack
 
 PLACES = {  # what each layout calls a layer of that tiny model: qkv in one, or q, k and v apart
     ("flux", "core"): ["diffusion_model.double_blocks.0.img_attn.qkv", "diffusion_model.single_blocks.1.linear1"],
@@ -77,3 +80,14 @@ def added(model, patched) -> dict[str, torch.Tensor]:
         zero = torch.zeros(model.get_model_object(key).shape, dtype=torch.float64)
         made[key] = comfy.lora.calculate_weight(patches, zero, key, intermediate_dtype=torch.float64)
     return made
+
+
+def core(model, held, strengths):
+    """Load LoRA, chained."""
+    for one, strength in zip(held, strengths, strict=True):
+        model = comfy.sd.load_lora_for_models(model, None, one, strength, 0)[0]
+    return model
+
+
+def stack(model, names, **inputs):
+    return run_node(BalancedLoraStack, model=model, **names, **inputs)
