@@ -92,6 +92,17 @@ def easycontrol(module: Any, rank: int = 4) -> Tensors:
     return random(module.expected(*(FLUX.arguments[n] for n in ("depth", "depth_single_blocks", "hidden_size")), rank))
 
 
+def lora(seed: int, rank: int = 4) -> Tensors:
+    """Of every matrix in FLUX's blocks, in kohya's layout."""
+    made, generator = {}, torch.Generator().manual_seed(seed)
+    for key, value in state_dict(FLUX).items():
+        if "blocks." in key and value.ndim == 2:
+            name, (rows, columns) = "lora_unet_" + key.removesuffix(".weight").replace(".", "_"), value.shape
+            made[f"{name}.lora_up.weight"] = 0.1 * torch.randn(rows, rank, generator=generator)
+            made[f"{name}.lora_down.weight"] = torch.randn(rank, columns, generator=generator) / columns**0.5
+    return made
+
+
 def linfusion(module: Any, folder: Path) -> Tensors:
     """Also writes its config.json into the folder. module: the pack's methods.attention.linfusion."""
     entries = [{"module_name": f"{name}.transformer_blocks.0.attn1", "dim_n": 320, "heads": 8, "projection_mid_dim": None}
@@ -147,6 +158,11 @@ def write(needs: list[dict[str, str]], models: Path, pack: Any) -> None:
         "v1-5-pruned-emaonly.safetensors": lambda _: sd15(),
         "clear_local_16_down_4.safetensors": lambda _: clear(import_module(f"{methods}.clear_weights")),
         "canny.safetensors": lambda _: easycontrol(import_module(f"{pack.__name__}.methods.control.easycontrol")),
+        "art_lora_comfy_converted.safetensors": lambda _: lora(1),
+        "realism_lora_comfy_converted.safetensors": lambda _: lora(2),
+        "hunyuan_video_t2v_720p_bf16.safetensors": lambda _: state_dict(SPECS["hunyuan_video"]),
+        "llava_llama3_fp8_scaled.safetensors": lambda _: {},
+        "hunyuan_video_vae_bf16.safetensors": lambda _: taesd(16),
         "LinFusion-1-5/diffusion_pytorch_model.safetensors": lambda folder: linfusion(
             import_module(f"{methods}.linfusion"), folder
         ),

@@ -1,5 +1,7 @@
 """A table of shares as a picture: numbers in coloured cells, with names of rows and columns, in a small own font."""
 
+from collections.abc import Callable
+
 import torch
 
 GLYPHS = {  # 7 rows of 5 dots from the top, each row a digit of base 32
@@ -46,9 +48,10 @@ def heat_map(
     columns: list[str],
     rows: list[tuple[str, list[float | None], str]],
     last: str,
+    shade: Callable[[float], float] = float,
 ) -> torch.Tensor:
     """Picture [1, H, W, 3] in 0..1. rows: name, a share or None for each of the columns, and what stands in the `last`
-    column; corner names rows and columns."""
+    column; corner names rows and columns. shade: the share that a number is coloured as, where it is none itself."""
     cell = max([7, *(len(name) + 1 for name in columns)]) * WIDTH
     left = max([len(corner), *(len(name) for name, _, _ in rows)]) * WIDTH + 2 * PAD
     right = max([len(last), *(len(words) for _, _, words in rows)]) * WIDTH + 2 * PAD
@@ -66,7 +69,7 @@ def heat_map(
         y = top + (i + 1) * line
         _write(sheet, y + PAD, left - PAD - len(name) * WIDTH, name, INK)
         for j, share in enumerate(shares):
-            x, fill = left + j * cell, colour(share)
+            x, fill = left + j * cell, colour(None if share is None else shade(share))
             sheet[y : y + line - DOT, x : x + cell - DOT] = torch.tensor(fill, dtype=torch.float32)
             number = "-" if share is None else f"{share:.3f}"
             dark = 0.3 * fill[0] + 0.59 * fill[1] + 0.11 * fill[2] < 110

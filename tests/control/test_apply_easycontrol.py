@@ -6,7 +6,7 @@ import pytest
 import torch
 from easycontrol_helper import Condition, forward, loras
 from nodes_helper import Job, error, facts, model_of, run_node, taylor, watching
-from quantized_helper import folder, quantized  # noqa: F401
+from quantized_helper import folder, quantized  # noqa: F401 - a fixture
 
 from tessera.methods.attention.call import Answer
 from tessera.methods.control.easycontrol import read
@@ -295,7 +295,7 @@ def test_other_models_are_refused():
 
 
 @pytest.mark.parametrize("form", ["int8_row", "tlq4"])
-def test_quantized_weights_are_as_good_beside_it(form, folder):
+def test_quantized_weights_are_as_good_beside_it(form, folder):  # noqa: F811
     model, spec = model_of("flux")
     job = Job(spec, steps=2)
     packed = quantized("flux", form)[1]
