@@ -19,6 +19,8 @@ NEEDING = {  # templates on official weights: width of the stand-in's conditioni
     "load_quantized_model": (96, 64, {"Taylor Cache": "forecast 1 of 2 evaluations"}),
     "load_linfusion": (768, 0, {"Load LinFusion": "self-attention calls linear, in 7 modules"}),
     "load_diffusers_model": (96, 0, {"Taylor Cache": "forecast 1 of 2 evaluations"}),
+    "apply_dit4sr": (96, 64, {"Apply DiT4SR": "24 low-resolution tokens beside the picture in 2 of 2 calls",
+                              "Tiled Latents": "one tile covers the latent of 12 x 8"}),
     "class_label": (0, 0, {"Taylor Cache": "forecast 1 of 2 evaluations"}),
 }  # fmt: skip
 ENCODERS = ("CLIPLoader", "DualCLIPLoader")
