@@ -21,7 +21,7 @@ use_comfyui()
 
 from comfy.taesd.taesd import TAESD
 
-FLUX = SPECS["flux"]
+FLUX, SD3 = SPECS["flux"], SPECS["sd3"]
 SD15 = Spec(  # what tells Stable Diffusion 1.5 from others is its width, so two levels of one block each keep it small
     "modules.diffusionmodules.openaimodel:UNetModel",
     dict(image_size=32, in_channels=4, out_channels=4, model_channels=320, num_res_blocks=[1, 1], channel_mult=[1, 1],
@@ -76,6 +76,17 @@ def taesd(channels: int, prefix: str = "") -> Tensors:
 def sd15() -> Tensors:
     unet = {f"model.diffusion_model.{k}": v for k, v in state_dict(SD15).items()}
     return unet | taesd(4, "first_stage_model.")
+
+
+def sd3() -> Tensors:
+    """As checkpoints of Stable Diffusion 3.5 have it, without text encoders."""
+    return {f"model.diffusion_model.{k}": v for k, v in state_dict(SD3).items()} | taesd(16, "first_stage_model.")
+
+
+def dit4sr(module: Any) -> Tensors:
+    """Control tensors alone. module: the pack's methods.control.dit4sr."""
+    depth, dual = SD3.arguments["depth"], frozenset(SD3.arguments["x_block_self_attn_layers"])
+    return random(module.control_keys(module.Sizes(depth, dual, 64 * depth)))
 
 
 def clear(module: Any, down: int = 4) -> Tensors:
@@ -149,13 +160,15 @@ def write(needs: list[dict[str, str]], models: Path, pack: Any) -> None:
     stand-in. pack: the package object."""
     from importlib import import_module
 
-    methods = f"{pack.__name__}.methods.attention"
+    methods, control = (f"{pack.__name__}.methods.{folder}" for folder in ("attention", "control"))
     makers: dict[str, Callable[[Path], Tensors]] = {
         "flux1-dev.safetensors": lambda _: state_dict(FLUX),
         "ae.safetensors": lambda _: taesd(16),
         "clip_l.safetensors": lambda _: {},
         "t5xxl_fp16.safetensors": lambda _: {},
         "v1-5-pruned-emaonly.safetensors": lambda _: sd15(),
+        "sd3.5_medium_incl_clips_t5xxlfp8scaled.safetensors": lambda _: sd3(),
+        "dit4sr_q/diffusion_pytorch_model.safetensors": lambda _: dit4sr(import_module(f"{control}.dit4sr")),
         "clear_local_16_down_4.safetensors": lambda _: clear(import_module(f"{methods}.clear_weights")),
         "canny.safetensors": lambda _: easycontrol(import_module(f"{pack.__name__}.methods.control.easycontrol")),
         "art_lora_comfy_converted.safetensors": lambda _: lora(1),

@@ -24,6 +24,8 @@ NEEDING = {  # templates on official weights: width of the stand-in's conditioni
     "lora_orthogonality_report": (96, 64, {}),
     "calibrate_lora_strength": (96, 64, {}),
     "llm_prompt_options": (96, 768, {}),
+    "apply_dit4sr": (96, 64, {"Apply DiT4SR": "24 low-resolution tokens beside the picture in 2 of 2 calls",
+                              "Tiled Latents": "one tile covers the latent of 12 x 8"}),
     "class_label": (0, 0, {"Taylor Cache": "forecast 1 of 2 evaluations"}),
 }  # fmt: skip
 ENCODERS = ("CLIPLoader", "DualCLIPLoader", "TesseraLlmPromptOptions")
