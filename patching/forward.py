@@ -52,6 +52,7 @@ class Forward:
     inputs: dict[str, Any] = field(default_factory=dict)  # all that it was given, by name, where it has a wrapper
     appended: int = 0  # tokens that a feature has put behind the image's, as queries and keys of self-attention
     extra_keys: list[Any] = field(default_factory=list)  # ExtraKeys behind those of every call in the stack
+    covered: tuple[int, int, int] | None = None  # tokens that the image's positions reach over, where they were moved
 
     def see(self, diffusion_model: Any, x: Any) -> None:
         """The tensor that reaches the diffusion model fixes the token grid."""
