@@ -5,7 +5,7 @@
 
 It is the 5 x 5 convolution of the values in LiT (arXiv 2501.12976), the 3 x 3 and GELU of DiCo (arXiv 2505.11196), the
 gated 3 x 3 of SANA's feed-forward (arXiv 2410.10629, section 2.2: act silu, glu) and the cross-stream convolution of
-DiT4SR (arXiv 2503.23580). GELU is the exact one. Frames of a video are folded into the batch.
+DiT4SR (arXiv 2503.23580). gelu is the exact one, gelu_tanh its tanh form. Frames of a video are folded into the batch.
 """
 
 import torch

@@ -12,6 +12,7 @@ CASES = [  # B, H, W, C, K, activation, glu
     (2, 5, 9, 70, 3, "silu", True),
     (1, 7, 5, 66, 5, "gelu", False),
     (1, 3, 40, 24, 5, "gelu", True),
+    (1, 4, 6, 10, 3, "gelu_tanh", True),
 ]
 
 
@@ -29,7 +30,8 @@ def exact(x, weight, bias, grid, activation="none", glu=False):
     p = sum(weight[:, i, j].double() * rows[:, i : i + h, j : j + w] for i in range(k) for j in range(k)).flatten(1, 2)
     p = p if bias is None else p + bias.double()
     a, g = p.chunk(2, 2) if glu else (1.0, p)
-    return a * {"none": lambda t: t, "silu": functional.silu, "gelu": functional.gelu}[activation](g)
+    acts = {"none": lambda t: t, "silu": functional.silu, "gelu": functional.gelu}
+    return a * {**acts, "gelu_tanh": lambda t: functional.gelu(t, approximate="tanh")}[activation](g)
 
 
 @pytest.mark.parametrize("serve", SERVES, ids=NAMES)
@@ -49,7 +51,7 @@ def test_without_bias(serve, device, error):
 
 
 @pytest.mark.parametrize("serve", ["kernel", "reference"])
-@pytest.mark.parametrize("case", [*CASES[1:3], (1, 4, 6, 8, 3, "none", False)], ids=str)
+@pytest.mark.parametrize("case", [*CASES[1:3], CASES[4], (1, 4, 6, 8, 3, "none", False)], ids=str)
 def test_gradients(case, serve, device, error, monkeypatch):
     monkeypatch.setattr(m, "STEPS", 1)  # several splits
     given = make(case, device)

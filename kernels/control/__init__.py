@@ -1,0 +1,1 @@
+"""Pieces of control adapters that cost time: LoRA by segments, shuffled windows, the convolution between two streams."""
