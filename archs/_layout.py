@@ -90,6 +90,8 @@ class Arch:
     unordered: bool = False  # image tokens without places: nothing is near anything else
     rope: str = ""  # attribute with the EmbedND that turns positions (t, h, w, ...) or (h, w) into rotations; "": none
     rope_options: bool = False  # positions heed core's ScaleROPE node
+    post_input: bool = False  # hands its positions (index, h, w, ...) to post_input patches as img_ids [B, N, A], the
+    #   image's first
     text_after: bool = False  # text has positions on all axes, from half the picture's longer side on
     rotates: bool = False  # hands its RoPE table to attn1_patch as pe [B, 1, N, D / 2, 2, 2], before attention
     modulated: Callable[[Any, dict[str, Any]], torch.Tensor | None] | None = None  # (diffusion model, arguments of the

@@ -72,6 +72,7 @@ ARCHS = (
         "prefix",
         rope="pe_embedder",
         rope_options=True,
+        post_input=True,
         rotates=True,
         modulated=double_block,
         mlps=MLPS,

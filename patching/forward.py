@@ -55,6 +55,7 @@ class Forward:
     plain_mask: bool = False  # whether the attention call that got them has no mask of the model's own
     part: tuple[slice, slice] | None = None  # rows and columns of the picture that this call computes; None: all
     held: dict[Any, Any] = field(default_factory=dict)  # what features keep for this call, by feature
+    covered: tuple[int, int, int] | None = None  # tokens that the image's positions reach over, where they were moved
 
     def see(self, diffusion_model: Any, x: Any) -> None:
         """The tensor that reaches the diffusion model fixes the token grid."""

@@ -61,10 +61,11 @@ def columns(count: int) -> tuple[int | None, int, int]:
 
 
 def lengths_of(forward) -> tuple[float, float, float]:
-    """What the picture of this call covers along (t, h, w), in positions: its tokens, as far as core's ScaleROPE node
-    moves them apart."""
+    """What the picture of this call covers along (t, h, w), in positions: its tokens, or what a feature that
+    moved them left to cover, as far as core's ScaleROPE node moves them apart."""
     scales = (forward.options.get("rope_options") or {}) if forward.run.arch.rope_options else {}
-    t, h, w = ((n - 1) * scales.get(f"scale_{axis}", 1.0) + 1 for n, axis in zip(forward.grid, "tyx", strict=True))
+    tokens = forward.covered or forward.grid
+    t, h, w = ((n - 1) * scales.get(f"scale_{axis}", 1.0) + 1 for n, axis in zip(tokens, "tyx", strict=True))
     return t, h, w
 
 
