@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import comfy.utils
 import torch
+from comfy_api.latest import io
 
 from .. import archs
 from ..methods.control.relactrl import ControlBlock, Draws, RelaCtrl, check_tokens, control_block, draw_bytes
@@ -24,6 +25,7 @@ from .run import Run, attach, current_forward
 
 log = logging.getLogger("tessera")
 NAME = "Apply RelaCtrl"
+RelaCtrlSocket = io.Custom("TESSERA_RELACTRL")
 Condition = Callable[[tuple[int, ...]], torch.Tensor]  # shape of the noise -> latent [b, C, h, w] as the model sees it
 
 

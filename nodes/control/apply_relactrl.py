@@ -2,9 +2,8 @@ from comfy_api.latest import io
 
 from ...methods.control.relactrl import POLICIES
 from ...patching.control import when_inputs
-from ...patching.relactrl import apply
+from ...patching.relactrl import RelaCtrlSocket, apply
 from ...patching.widgets import percents
-from .load_relactrl import RelaCtrlSocket
 
 
 class ApplyRelactrl(io.ComfyNode):
@@ -25,7 +24,7 @@ class ApplyRelactrl(io.ComfyNode):
                 *when_inputs(),
                 io.Combo.Input("permutation", options=list(POLICIES),
                     tooltip="When channels and scalars are shuffled anew. fixed: never, the picture is steadiest; per_step: at every step; per_call: at "
-                            "every evaluation of the model, as the official code does. The last two take about a second a step at 1024 x 1024."),
+                            "every evaluation of the model, as the official code does. The last two take one or two seconds a step at 1024 x 1024."),
                 io.Int.Input("perm_seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=False,
                     tooltip="Which permutations are drawn. The same seed draws the same ones on every device."),
                 io.Boolean.Input("repeat_skip", default=True, advanced=True,

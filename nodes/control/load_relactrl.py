@@ -1,9 +1,7 @@
 import folder_paths
 from comfy_api.latest import io
 
-from ...patching.relactrl import load
-
-RelaCtrlSocket = io.Custom("TESSERA_RELACTRL")
+from ...patching.relactrl import RelaCtrlSocket, load
 
 
 class LoadRelactrl(io.ComfyNode):
