@@ -2,8 +2,8 @@
 
 from .._triton import tl, triton
 
-BM, BR, BK, BN = 32, 32, 64, 128  # tokens, ranks, inputs, outputs of one program
-SIZES = ["N", "K", "M", "R", "xb", "yb"]
+BM, BR, BK, BN = 32, 32, 64, 64  # tokens, ranks, inputs, outputs of one program
+SIZES = ["N", "xb", "yb"]  # widths are multiples of 16 for all models: known as such, rows are loaded in vectors
 _jit = triton.jit(do_not_specialize=SIZES) if hasattr(triton, "__version__") else triton.jit
 
 
@@ -32,23 +32,34 @@ def lora_down(X, DOWN, H, TILES, N, K, R, xb, xn, BM: tl.constexpr, BR: tl.const
     tl.store(at, acc.to(H.dtype.element_ty), mask=live & held[None, :])
 
 
+@triton.jit
+def _raised(H, UP, r, held, live, seen, acc, FULL: tl.constexpr):
+    """acc + H UP^T over the ranks r; FULL: all of them are held, and their loads need no mask along a row."""
+    if FULL:
+        h = tl.load(H + r[None, :], mask=live, other=0.0)
+        u = tl.load(UP + r[:, None], mask=seen, other=0.0)
+    else:
+        h = tl.load(H + r[None, :], mask=live & held[None, :], other=0.0)
+        u = tl.load(UP + r[:, None], mask=seen & held[:, None], other=0.0)
+    return tl.dot(h, u, acc, input_precision="ieee")
+
+
 @_jit
 def lora_up(H, UP, SCALE, Y, TILES, N, M, R, yb, yn, BM: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr):
     """Y += SCALE[group] H UP[group]^T, BM tokens and BN outputs of it. UP [G, M, R]."""
     batch, first, end, group, rank = _tile(TILES)
     row, m, r = first + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN), tl.arange(0, BR)
-    live = (row < end)[:, None]
-    h_at = H + (batch * N + row)[:, None] * R + r[None, :]
-    u_at = UP + (group * M + m)[None, :] * R + r[:, None]
+    live, seen = (row < end)[:, None], (m < M)[None, :]
+    h_at, u_at = H + (batch * N + row)[:, None] * R, UP + (group * M + m)[None, :] * R
     acc = tl.zeros([BM, BN], tl.float32)
-    for r0 in tl.range(0, rank, BR):
-        held = r < rank - r0
-        h = tl.load(h_at + r0, mask=live & held[None, :], other=0.0)
-        u = tl.load(u_at + r0, mask=held[:, None] & (m < M)[None, :], other=0.0)
-        acc = tl.dot(h, u, acc, input_precision="ieee")
-    at, mask = Y + batch * yb + row.to(tl.int64)[:, None] * yn + m[None, :], live & (m < M)[None, :]
-    y = tl.load(at, mask=mask, other=0.0).to(tl.float32) + acc * tl.load(SCALE + group)
-    tl.store(at, y.to(Y.dtype.element_ty), mask=mask)
+    whole = rank // BR * BR
+    for r0 in tl.range(0, whole, BR):
+        acc = _raised(h_at + r0, u_at + r0, r, r < BR, live, seen, acc, True)
+    if whole < rank:
+        acc = _raised(h_at + whole, u_at + whole, r, r < rank - whole, live, seen, acc, False)
+    at = Y + batch * yb + row.to(tl.int64)[:, None] * yn + m[None, :]
+    y = tl.load(at, mask=live & seen, other=0.0).to(tl.float32) + acc * tl.load(SCALE + group)
+    tl.store(at, y.to(Y.dtype.element_ty), mask=live & seen)
 
 
 def aot_specs() -> list[dict]:
