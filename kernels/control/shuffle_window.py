@@ -5,7 +5,9 @@ as L / S tokens of d channels; one multi-head attention with shared weights mixe
 
     y~ = softmax(q k^T / sqrt(d / h)) v W_p^T + b_p,   (q, k, v) = x~ W_qkv^T + b_qkv        y[p_i] = y~[i]
 
-Its kernels carry scalars, not rows: one gathers x~, the other writes the product with W_p through p and saves a pass.
+One kernel gathers x~ and another writes the product with W_p where p says, without a pass of its own. Gathering inside the
+product with W_qkv would fetch each scalar, a sector of memory, once for each of its tiles of outputs: 27 times for 576
+channels. That product and the softmax are the vendor's.
 """
 
 from weakref import WeakValueDictionary
@@ -13,6 +15,11 @@ from weakref import WeakValueDictionary
 import torch
 from torch.nn import functional
 
+from .._triton import on_gpu, tl, triton
+
+BLOCK, BM, BN, BK = 1024, 64, 64, 64  # scalars of one program; tokens, outputs and inputs of one tile of the product
+SIZES = ["TOTAL", "L", "xb"]  # C is a multiple of 16 for all groups: known as such, rows are loaded in vectors
+_jit = triton.jit(do_not_specialize=SIZES) if hasattr(triton, "__version__") else triton.jit
 _held: WeakValueDictionary[tuple[int, int, str], torch.Tensor] = WeakValueDictionary()
 
 
@@ -81,8 +88,68 @@ def reference(
     return _mixed(x, perm, qkv_weight, qkv_bias, proj_weight, proj_bias, heads, segments)
 
 
+@_jit
+def gather_scalars(X, PERM, ROWS, TOTAL, C, xb, xn, BLOCK: tl.constexpr):
+    """ROWS [B, TOTAL] = X [B, L, C] at PERM, whose numbers count the scalars row after row."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    batch = tl.program_id(1).to(tl.int64)
+    p = tl.load(PERM + i, mask=i < TOTAL, other=0)
+    x = tl.load(X + batch * xb + (p // C).to(tl.int64) * xn + p % C, mask=i < TOTAL, other=0.0)
+    tl.store(ROWS + batch * TOTAL + i, x, mask=i < TOTAL)
+
+
+@_jit
+def scatter_product(
+    A, WEIGHT, BIAS, PERM, Y, L, C, BIASED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
+):
+    """Y [B, L C] at PERM = A [B, L, C] WEIGHT [C, C]^T + BIAS, BM x BN scalars of it."""
+    row, c, k = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN), tl.arange(0, BK)
+    batch = tl.program_id(2).to(tl.int64) * L * C
+    a_at, w_at = A + batch + row[:, None] * C + k[None, :], WEIGHT + c[None, :] * C + k[:, None]
+    acc = tl.zeros([BM, BN], tl.float32)
+    for k0 in tl.range(0, C, BK):
+        a = tl.load(a_at + k0, mask=(row < L)[:, None] & (k < C - k0)[None, :], other=0.0)
+        w = tl.load(w_at + k0, mask=(c < C)[None, :] & (k < C - k0)[:, None], other=0.0)
+        acc = tl.dot(a, w, acc, input_precision="ieee")
+    if BIASED:
+        acc += tl.load(BIAS + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+    mask = (row < L)[:, None] & (c < C)[None, :]
+    p = tl.load(PERM + row[:, None] * C + c[None, :], mask=mask, other=0)
+    tl.store(Y + batch + p, acc.to(Y.dtype.element_ty), mask=mask)
+
+
 shuffle_window = torch.library.custom_op("tessera::shuffle_window", reference, mutates_args=())
 shuffle_window.register_fake(lambda x, *_, **__: x.new_empty(x.shape))
+
+
+@on_gpu(shuffle_window)
+def launch(
+    x: torch.Tensor,
+    perm: torch.Tensor,
+    qkv_weight: torch.Tensor,
+    qkv_bias: torch.Tensor | None,
+    proj_weight: torch.Tensor,
+    proj_bias: torch.Tensor | None,
+    heads: int = 4,
+    segments: int = 4,
+) -> torch.Tensor:
+    """As reference, which serves fp64 and more scalars than int32 counts. The values of perm are not read here: a number
+    twice leaves a place unwritten."""
+    if x.dtype == torch.float64 or perm.numel() >= 1 << 31:
+        return reference(x, perm, qkv_weight, qkv_bias, proj_weight, proj_bias, heads, segments)
+    _check(x, perm, qkv_weight, qkv_bias, proj_weight, proj_bias, heads, segments)
+    (b, length, d), total = x.shape, perm.numel()
+    x, perm = x if x.stride(2) == 1 else x.contiguous(), perm.int().contiguous()
+    rows, y = x.new_empty(b, length, d), x.new_empty(b, length, d)
+    if not y.numel():
+        return y
+    gather_scalars[(triton.cdiv(total, BLOCK), b)](x, perm, rows, total, d, *x.stride()[:2], BLOCK=BLOCK, num_warps=4)
+    found = _attended(rows, qkv_weight, qkv_bias, heads, segments).contiguous()
+    scatter_product[(triton.cdiv(length, BM), triton.cdiv(d, BN), b)](
+        found, proj_weight.contiguous(), found if proj_bias is None else proj_bias.contiguous(), perm, y, length, d,
+        BIASED=proj_bias is not None, BM=BM, BN=BN, BK=BK if x.element_size() < 4 else BK // 2, num_warps=4, num_stages=3,
+    )  # fmt: skip
+    return y
 
 
 def _save(ctx, inputs, output):
@@ -102,3 +169,26 @@ def _gradients(ctx, grad):
 
 
 shuffle_window.register_autograd(_gradients, setup_context=_save)
+
+
+def example(tokens: int, device: str, dtype: torch.dtype) -> tuple:
+    """PixArt's 1152 channels in two groups; a number of tokens that 4 divides."""
+    length, d = -(-tokens // 4) * 4, 576
+    sizes = (2, length, d), (3 * d, d), (3 * d,), (d, d), (d,)
+    x, *weights = (torch.randn(s, device=device).to(dtype) * d**-0.5 for s in sizes)
+    return x * d**0.5, permutation(length * d, 0, device), *weights
+
+
+def aot_specs() -> list[dict]:
+    """Both kernels, in bf16 and fp32."""
+    specs = []
+    for dtype in ("bf16", "fp32"):
+        pointers = {"X": f"*{dtype}", "PERM": "*i32", "ROWS": f"*{dtype}"}
+        args = pointers | {"TOTAL": "i32", "C": "i32", "xb": "i64", "xn": "i64"}
+        specs.append({"kernel": "gather_scalars", "args": args, "const": {"BLOCK": BLOCK}})
+        args = dict.fromkeys(("A", "WEIGHT", "BIAS", "Y"), f"*{dtype}") | {"PERM": "*i32", "L": "i32", "C": "i32"}
+        const = {"BIASED": True, "BM": BM, "BN": BN, "BK": BK if dtype == "bf16" else BK // 2}
+        specs.append({"kernel": "scatter_product", "args": args, "const": const})
+        for spec in specs[-2:]:
+            spec |= {"warps": 4, "stages": 3, "unaligned": tuple(SIZES), "tag": dtype, "extra": dtype != "bf16"}
+    return specs
