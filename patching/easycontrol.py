@@ -82,7 +82,10 @@ class EasyControlFeature(ControlFeature, NetworkFeature):
         forward.extra_keys.append(ExtraKeys(rotations.shape[2], log_strength))
         state.calls["served"] += 1
         self._note(state, forward, rotations.shape[2])
-        patches, before = options.get("patches", {}), len(forward.extra_keys) - 1  # conditions in order, then other packs'
+        patches, before = (
+            options.get("patches", {}),
+            len(forward.extra_keys) - 1,
+        )  # conditions in order, then other packs'
         chain = [*patches.get("attn1_patch", ())]
         return {**options, "patches": {**patches, "attn1_patch": [*chain[:before], patch, *chain[before:]]}}
 
