@@ -14,6 +14,7 @@ from .control import ControlFeature, spread
 from .easycontrol_pass import Key, appending, keys_and_values, positions_of
 from .extra_keys import ExtraKeys
 from .forward import Forward, NetworkFeature, StreamKey
+from .panels import PanelFeature
 from .run import Feature
 
 NAME = "Apply EasyControl"
@@ -62,6 +63,8 @@ class EasyControlFeature(ControlFeature, NetworkFeature):
     def conflicts(self, other: Feature) -> str | None:
         if isinstance(other, KeyFeature):
             return f"{self.name} and {other.name} both change what the blocks attend to. Use one of them on a MODEL."
+        if isinstance(other, PanelFeature):
+            return f"{other.name} moves the picture's positions, to which {self.name} fits its condition. Use one of them on a MODEL."
         return None
 
     def begin(self, run) -> EasyControlState:
@@ -82,10 +85,8 @@ class EasyControlFeature(ControlFeature, NetworkFeature):
         forward.extra_keys.append(ExtraKeys(rotations.shape[2], log_strength))
         state.calls["served"] += 1
         self._note(state, forward, rotations.shape[2])
-        patches, before = (
-            options.get("patches", {}),
-            len(forward.extra_keys) - 1,
-        )  # conditions in order, then other packs'
+        patches = options.get("patches", {})
+        before = len(forward.extra_keys) - 1  # conditions in order, then what other packs have there
         chain = [*patches.get("attn1_patch", ())]
         return {**options, "patches": {**patches, "attn1_patch": [*chain[:before], patch, *chain[before:]]}}
 

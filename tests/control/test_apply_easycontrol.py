@@ -1,61 +1,10 @@
 """Apply EasyControl on the stock FLUX class against the one masked sequence that it stands for, written out in the helper."""
 
-import contextlib
-
 import pytest
 import torch
-from easycontrol_helper import Condition, forward, loras
-from nodes_helper import Job, error, facts, model_of, run_node, taylor, watching
-from quantized_helper import folder, quantized  # noqa: F401 - a fixture
-
-from tessera.methods.attention.call import Answer
-from tessera.methods.control.easycontrol import read
-from tessera.nodes.attention.sparse_linear_attention import SparseLinearAttention
-from tessera.nodes.control.apply_easycontrol import ApplyEasycontrol
-from tessera.patching.attention import AttentionFeature
-from tessera.patching.run import attach
-
-NAME = "Apply EasyControl"
-SIZES = (2, 2, 128)
-
-
-def control(seed=1, rank=5):
-    return read(loras(*SIZES, rank, seed), "canny.safetensors", {})
-
-
-def latent(seed=5, h=6, w=8, batch=1):
-    return torch.randn(batch, 16, h, w, generator=torch.Generator().manual_seed(seed))
-
-
-def applied(model, seed=1, samples=None, **inputs):
-    samples = latent() if samples is None else samples
-    return run_node(ApplyEasycontrol, model=model, easycontrol=control(seed), latent={"samples": samples}, **inputs)[0]
-
-
-@contextlib.contextmanager
-def network_calls(model):
-    """Inputs and outputs of the picture's calls of the network; calls without rows of conditions are the pre-pass."""
-    calls, alone = [], []
-
-    def hook(module, args, kwargs, out):
-        given = {**dict(zip(("x", "timestep", "context"), args, strict=False)), **kwargs}
-        if "cond_or_uncond" in given["transformer_options"]:
-            values = [given[n] for n in ("x", "timestep", "context", "y", "guidance")]
-            calls.append([v.clone().float() for v in (*values, out)])
-        else:
-            alone.append(given["x"].shape)
-
-    handle = model.model.diffusion_model.register_forward_hook(hook, with_kwargs=True)
-    try:
-        yield calls, alone
-    finally:
-        handle.remove()
-
-
-def conditions(model, *parts):
-    process = model.model.process_latent_in
-    return [Condition(process(p.pop("samples")), loras(*SIZES, 5, p.pop("seed")), **p) for p in parts]
-
+from easycontrol_helper import forward
+from easycontrol_nodes import NAME, applied, conditions, latent, network_calls
+from nodes_helper import Job, error, facts, model_of
 
 CASES = {
     "one layout": [{"seed": 1}],
@@ -227,57 +176,6 @@ def test_eight_bits_cost_little_and_hold_half():
     assert facts(narrow, NAME)["bytes"] < 0.52 * facts(wide, NAME)["bytes"]
 
 
-class Whole:
-    """Dense attention as a plan gets it: a query for every key, the picture's tokens where the layout says."""
-
-    spatial = True
-
-    def begin(self):
-        return []
-
-    def attend(self, state, call):
-        layout = call.places()
-        state.append(layout)
-        bias = call.served_bias()
-        mask = None if bias is None else bias[:, None, None].to(call.q.dtype)
-        out = torch.nn.functional.scaled_dot_product_attention(call.q, call.k, call.v, mask, scale=call.scale)
-        return Answer(out, 1.0, 1.0)
-
-
-@pytest.mark.parametrize("strength", [1.0, 0.6])
-def test_a_plan_is_given_the_condition_as_tokens_like_text(strength):
-    model, spec = model_of("flux")
-    both = applied(applied(model, strength=strength), 2)
-    planned = attach(both, AttentionFeature(None, "Whole", method=Whole(), min_tokens=0))
-    with network_calls(model) as (calls, _):
-        got = Job(spec, steps=2)(planned)
-    told = facts(planned, "Whole")
-    assert told["served"] == told["calls"] == 8 and not told["declined"]
-    assert error(got, Job(spec, steps=2)(both)) < 1e-5
-
-
-def test_a_sparse_plan_serves_beside_it():
-    model, spec = model_of("flux")
-    small = {"latent": torch.zeros(1, 16, 16, 16), "steps": 2}
-    controlled = applied(model)
-    half = run_node(SparseLinearAttention, model=controlled, topk=0.5, min_tokens=0, block_q="16", block_k="16")[0]
-    assert 0 < error(Job(spec, **small)(half), Job(spec, **small)(controlled)) < 0.3
-    told = facts(half, "Sparse-Linear Attention")
-    assert told["served"] == told["calls"] and told["pairs_fraction"] < 1
-
-
-@pytest.mark.parametrize("order", ["cache first", "control first"])
-def test_a_cache_skips_beside_it(order):
-    model, spec = model_of("flux")
-    patched = applied(taylor(model)) if order == "cache first" else taylor(applied(model))
-    with watching(patched) as watch:
-        got = Job(spec, steps=8, cfg=1.0)(patched)
-    full = Job(spec, steps=8, cfg=1.0)(applied(model))
-    computed = sum(d["kind"] == "full" for d in facts(patched)["decisions"])
-    assert computed < 8 and watch.each[0] == computed + 1
-    assert 0 < error(got, full) < 0.5
-
-
 def test_flops_of_the_issue():
     from tessera.patching.easycontrol import flops_ratio
 
@@ -292,40 +190,3 @@ def test_other_models_are_refused():
                 model_of(name)[0], samples=torch.zeros(1, model_of(name)[0].model.latent_format.latent_channels, 4, 4)
             )
         assert word in str(refused.value)
-
-
-@pytest.mark.parametrize("form", ["int8_row", "tlq4"])
-def test_quantized_weights_are_as_good_beside_it(form, folder):  # noqa: F811
-    model, spec = model_of("flux")
-    job = Job(spec, steps=2)
-    packed = quantized("flux", form)[1]
-    lost = error(job(packed), job(model))
-    assert lost > 0
-    got, want = job(applied(packed)), job(applied(model))
-    assert error(got, want) < 1.5 * lost + 1e-3
-    assert error(got, job(packed)) > 1e-2
-    assert torch.equal(got, job(applied(packed, cache="recompute")))
-
-
-def test_a_lora_on_the_model_acts_on_the_condition_too():
-    model, spec = model_of("flux")
-    weights = {k: v.clone() for k, v in model.model.diffusion_model.state_dict().items()}
-    weight = weights["single_blocks.0.linear1.weight"]
-    patch = torch.randn(weight.shape, generator=torch.Generator().manual_seed(2)) * 0.02
-    loraed = model.clone()
-    loraed.add_patches({"diffusion_model.single_blocks.0.linear1.weight": ("diff", (patch,))})
-    patched = applied(loraed)
-    with network_calls(patched) as (calls, _):
-        Job(spec, steps=2, cfg=1.0)(patched)
-    weight += patch
-
-    class Merged:
-        params = model.model.diffusion_model.params
-
-        def state_dict(self):
-            return weights
-
-    for x, t, context, y, guidance, out in calls:
-        want = forward(Merged(), x, t, context, y, guidance, conditions(model, {"samples": latent(), "seed": 1}))
-        bare = forward(Merged(), x, t, context, y, guidance, [])
-        assert error(out, want) < 1e-5 and error(out, bare) > 1e-2
