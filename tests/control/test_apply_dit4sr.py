@@ -12,6 +12,7 @@ from attention_helper import Exact, plan
 from comfy.controlnet import ControlBase
 from dit4sr_helper import SPEC, Port, Vae, base, control, model_of_base
 from nodes_helper import Job, conds, error, facts, model_of, run_node, taylor
+from quantized_helper import folder  # noqa: F401
 from safetensors.torch import save_file
 from tiny_models import empty_latent
 
@@ -20,6 +21,8 @@ from tessera.nodes.attention.sparse_linear_attention import SparseLinearAttentio
 from tessera.nodes.cache.dynamic_grain import DynamicGrain as DynamicGrainNode
 from tessera.nodes.cache.step_cache import StepCache
 from tessera.nodes.control.apply_dit4sr import ApplyDit4sr
+from tessera.nodes.loaders.quantize_model import QuantizeModel
+from tessera.patching.blocks import BlockFeature
 from tessera.patching.dit4sr import Adapter, Dit4srFeature, enlarged
 from tessera.patching.run import attach
 
@@ -136,6 +139,30 @@ def test_the_same_again_and_two_models_from_one(plain, adapter):
     assert torch.equal(job(latent)(plain), before)
 
 
+class Outside(BlockFeature):
+    """A feature outside of DiT4SR's."""
+
+    def around_block(self, state, forward, block, streams, proceed):
+        out = proceed(streams)
+        self.node.append((streams[0].shape[1], out[0].shape[1], forward.appended))
+        return out
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_between_blocks_there_are_the_pictures_tokens_alone(plain, adapter, first):
+    seen, inside = [], []
+    model = attach(plain, Outside(seen)) if first else plain
+    model, latent = applied(model, adapter)
+    model = model if first else attach(model, Outside(seen))
+    module = plain.model.diffusion_model.joint_blocks[2].x_block.mlp.fc1
+    handle = module.register_forward_hook(lambda _, args, out: inside.append(out.shape[1]))
+    try:
+        job(latent)(model)
+    finally:
+        handle.remove()
+    assert seen == [(24, 24, 0)] * 9 and inside == [48] * 3
+
+
 class Residuals(ControlBase):
     """What core adds behind every block."""
 
@@ -192,6 +219,29 @@ def test_sparse_linear_attention_beside_it(plain, adapter, strength):
     assert facts(sparse, NAME)["tokens"] == 96
     whole = run_node(SparseLinearAttention, model=model, topk=1.0, min_tokens=0)[0]
     assert torch.equal(job(latent)(whole), want)
+
+
+def test_a_lora_on_the_model_reaches_both_pictures_tokens(plain, adapter):
+    """The adapter's layers stand behind the model's own projections, so what a LoRA adds to those counts for both."""
+    change = torch.randn(3 * 192, 192, generator=torch.Generator().manual_seed(4)) / 50
+    model, latent = applied(plain, adapter)
+    model.add_patches({"diffusion_model.joint_blocks.1.x_block.attn2.qkv.weight": ("diff", (change,))}, 1.0)
+    weights = {**BASE, **CONTROL}
+    for name, part in zip("qkv", change.chunk(3), strict=True):
+        key = f"transformer_blocks.1.attn2.to_{name}.weight"
+        weights[key] = weights[key] + part
+    want = wanted(Port(weights), picture(), latent)
+    assert error(job(latent)(model), want) < 1e-5 < error(want, wanted(Port({**BASE, **CONTROL}), picture(), latent))
+
+
+@pytest.mark.usefixtures("folder")
+def test_quantized_weights_beneath_it(plain, adapter):
+    made = run_node(QuantizeModel, model=plain, format="int8_row", filename="tiny", existing="replace")[0]
+    model, latent = applied(made, adapter)
+    want = wanted(Port({**BASE, **CONTROL}), picture(), latent)
+    assert 1e-4 < error(job(latent)(model), want) < 0.2
+    off, _ = applied(made, adapter, strength=0.0)
+    assert torch.equal(job(latent)(off), job(latent)(made))
 
 
 def test_taylor_cache_beside_it(plain, adapter):
