@@ -5,17 +5,15 @@ import comfy.model_patcher
 import pytest
 import torch
 from dit4sr_helper import SPEC as RESTORED
-from dit4sr_helper import Port, Vae, base, control, model_of_base
+from dit4sr_helper import Port, Vae, base, control, model_of_base, tiny_adapter
 from nodes_helper import Job, conds, error, facts, model_of, run_node, taylor
-from safetensors.torch import save_file
 
-from tessera.methods.control.dit4sr import read
 from tessera.methods.control.tiles import Blend, bell, spans
 from tessera.nodes.cache.region_adaptive_sampling import RegionAdaptiveSampling
 from tessera.nodes.control.apply_dit4sr import ApplyDit4sr
 from tessera.nodes.control.tiled_latents import TiledLatents
 from tessera.patching.control import ControlFeature
-from tessera.patching.dit4sr import Adapter, enlarged
+from tessera.patching.dit4sr import enlarged
 from tessera.patching.run import Run, attach, features_of
 from tessera.patching.tiles import Cut, TileFeature
 
@@ -115,10 +113,8 @@ def test_without_overlap_tiles_are_pictures_of_their_own_under_a_cache_too():
 
 
 @pytest.fixture(scope="module")
-def adapter(tmp_path_factory):
-    path = tmp_path_factory.mktemp("dit4sr_r1") / "control.safetensors"
-    save_file(control(), str(path))
-    return Adapter.of(read(path, "r1"))
+def adapter():
+    return tiny_adapter()
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
