@@ -22,6 +22,7 @@ from .dit4sr_inside import Call, Inside, acts
 from .dynamic_grain import DynamicGrain
 from .dynamic_tokens import DynamicTokens
 from .forward import Forward
+from .memory import shown
 from .region import RegionFeature
 from .run import Feature, Run, attach
 
@@ -120,7 +121,7 @@ class Dit4srFeature(ControlFeature, BlockFeature, KeyFeature):
         if self.strength == 0:
             return 0
         rows = noise_shape[0] * max(1, sum(map(len, conds.values())))
-        return int(run.model.memory_required([rows, *noise_shape[1:]]))
+        return int(run.model.memory_required([rows, *shown(run, noise_shape)[1:]]))
 
     def around_block(self, state: Restoring, forward: Forward, block: BlockPosition, streams: Streams, proceed):
         if block.number == 0:

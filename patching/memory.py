@@ -39,11 +39,19 @@ def prepare_sampling(executor, model, noise_shape, conds, *args, **kwargs):
     several = bool(model.get_additional_models_with_key("multigpu"))  # there core copies its ControlNets to every GPU
     acting = () if run is None or several else run.acting
     held = sum(feature.held_bytes(run, tuple(noise_shape), conds) for feature in acting)
+    noise_shape = torch.Size(shown(run, tuple(noise_shape)))  # core asks for nothing but an estimate from it
     if not held:
         return executor(model, noise_shape, conds, *args, **kwargs)
     asked = {**conds, KEY: [{"control": Reserved(held)}]}
     found, returned, *rest = executor(model, noise_shape, asked, *args, **kwargs)
     return (found, {k: v for k, v in returned.items() if k != KEY}, *rest)
+
+
+def shown(run, noise_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of what the model is given at once."""
+    for feature in () if run is None else run.acting:
+        noise_shape = feature.shown(noise_shape)
+    return noise_shape
 
 
 def stream_elements(run, noise_shape: tuple[int, ...], conds: dict[str, Any]) -> int:

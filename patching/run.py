@@ -58,6 +58,10 @@ class Feature:
         """Bytes that it will hold on the model's device in this run, for core's memory estimate."""
         return 0
 
+    def shown(self, noise_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the most of this noise that the model is given at once."""
+        return noise_shape
+
     def line(self, facts: dict[str, Any]) -> str:
         """One line for the node on the canvas."""
         return ""

@@ -54,6 +54,11 @@ class TileFeature(PartFeature):
             )
         return None
 
+    def shown(self, noise_shape: tuple[int, ...]) -> tuple[int, ...]:
+        if len(noise_shape) not in (4, 5):
+            return noise_shape
+        return (*noise_shape[:-2], *(min(side, self.tile) for side in noise_shape[-2:]))
+
     def in_parts(self, state: Cut, args: Any, kwargs: dict[str, Any], compute) -> torch.Tensor:
         given = dict(zip(NAMES, args, strict=False)) | kwargs
         x = given["x"]

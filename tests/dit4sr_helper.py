@@ -1,5 +1,5 @@
 """A tiny DiT4SR in the released file's layout, its MODEL through ComfyUI's own converter, and the authors' forward written
-out in plain torch on diffusers' names, without the pack."""
+out in plain torch on diffusers' names, without the pack (Port)."""
 
 import functools
 import json
@@ -9,10 +9,16 @@ from pathlib import Path
 
 import comfy.sd
 import torch
-from nodes_helper import _outputs
+from nodes_helper import Job, _outputs, conds, run_node
 from tiny_specs import SPECS
 from torch.nn.functional import conv2d, gelu, layer_norm, linear, scaled_dot_product_attention, silu
 
+from tessera.methods.control.dit4sr import Dit4sr, Sizes
+from tessera.nodes.control.apply_dit4sr import ApplyDit4sr
+from tessera.patching.dit4sr import Adapter, enlarged
+
+NAME = "Apply DiT4SR"
+SIGMAS = [1.0, 0.6, 0.3, 0.0]
 GOLDEN = json.loads((Path(__file__).parent / "golden/keys/dit4sr.json").read_text())
 WIDTH, BLOCKS, DUAL, PLACES = 192, 3, (0, 1), 16  # PLACES: side of the table of positions
 SPEC = replace(SPECS["sd3"], latent=(1, 16, 8, 12), context=(1, 10, 96), pooled=(1, 64))
@@ -179,3 +185,34 @@ class Port:
             v, u = (self(x, low, sigma, c.expand(len(x), -1, -1), p.expand(len(x), -1)) for c, p in prompts)
             x = x + (following - sigma) * (u + cfg * (v - u))
         return x / 1.5305 + 0.0609
+
+
+BASE, CONTROL = base(), control()
+
+
+def tiny_adapter():
+    """What Load DiT4SR gives for it."""
+    return Adapter.of(Dit4sr("tiny", Sizes(BLOCKS, frozenset(DUAL), WIDTH), "r1", control()))
+
+
+def picture(height=16, width=24, batch=1):
+    return torch.rand(batch, height, width, 3, generator=torch.Generator().manual_seed(3))
+
+
+def applied(model, adapter, image=None, **inputs):
+    """(MODEL, LATENT's samples)."""
+    image = picture() if image is None else image
+    out = run_node(ApplyDit4sr, model=model, adapter=adapter, image=image, vae=Vae(), **inputs)
+    return out[0], out[1]["samples"]
+
+
+def job(latent=None, **settings):
+    return Job(SPEC, sigmas=torch.tensor(SIGMAS), latent=latent, **settings)
+
+
+def wanted(port, image, latent, cfg=3.0, upscale=4.0):
+    """What the authors' forward samples for the same noise and prompts."""
+    noise = torch.randn(latent.shape, generator=torch.manual_seed(7))
+    low = (Vae().encode(enlarged(image, upscale, 8)) - 0.0609) * 1.5305
+    prompts = [(c, extra["pooled_output"]) for ((c, extra),) in conds(SPEC)]
+    return port.sample(noise, low, SIGMAS, prompts, cfg)

@@ -1,5 +1,5 @@
-"""Apply DiT4SR against the authors' forward, and what must hold beside it: the plain MODEL where it does not act, every row
-of a batch, other nodes, and nothing left behind."""
+"""Apply DiT4SR against the authors' forward: the plain MODEL where it does not act, every row of a batch, and nothing left
+behind."""
 
 import gc
 import weakref
@@ -8,59 +8,23 @@ from dataclasses import fields
 import comfy.model_patcher
 import pytest
 import torch
-from attention_helper import Exact, plan
-from comfy.controlnet import ControlBase
-from dit4sr_helper import SPEC, Port, Vae, base, control, model_of_base
-from nodes_helper import Job, conds, error, facts, model_of, run_node, taylor
-from safetensors.torch import save_file
-from tiny_models import empty_latent
+from dit4sr_helper import BASE, CONTROL, NAME, Port, applied, job, model_of_base, picture, tiny_adapter, wanted
+from nodes_helper import error, facts, model_of, run_node
 
-from tessera.methods.control.dit4sr import read
-from tessera.nodes.attention.sparse_linear_attention import SparseLinearAttention
 from tessera.nodes.cache.dynamic_grain import DynamicGrain as DynamicGrainNode
-from tessera.nodes.cache.step_cache import StepCache
 from tessera.nodes.control.apply_dit4sr import ApplyDit4sr
-from tessera.patching.dit4sr import Adapter, Dit4srFeature, enlarged
+from tessera.patching.dit4sr import Dit4srFeature, enlarged
 from tessera.patching.run import attach
-
-NAME = "Apply DiT4SR"
-SIGMAS = [1.0, 0.6, 0.3, 0.0]
-BASE, CONTROL = base(), control()
 
 
 @pytest.fixture(scope="module")
-def adapter(tmp_path_factory):
-    path = tmp_path_factory.mktemp("dit4sr_r1") / "control.safetensors"
-    save_file(CONTROL, str(path))
-    return Adapter.of(read(path, "r1"))
+def adapter():
+    return tiny_adapter()
 
 
 @pytest.fixture(scope="module")
 def plain():
     return model_of_base(BASE)
-
-
-def picture(height=16, width=24, batch=1):
-    return torch.rand(batch, height, width, 3, generator=torch.Generator().manual_seed(3))
-
-
-def applied(model, adapter, image=None, **inputs):
-    """(MODEL, LATENT's samples)."""
-    image = picture() if image is None else image
-    out = run_node(ApplyDit4sr, model=model, adapter=adapter, image=image, vae=Vae(), **inputs)
-    return out[0], out[1]["samples"]
-
-
-def job(latent=None, **settings):
-    return Job(SPEC, sigmas=torch.tensor(SIGMAS), latent=latent, **settings)
-
-
-def wanted(port, image, latent, cfg=3.0, upscale=4.0):
-    """What the authors' forward samples for the same noise and prompts."""
-    noise = torch.randn(latent.shape, generator=torch.manual_seed(7))
-    low = (Vae().encode(enlarged(image, upscale, 8)) - 0.0609) * 1.5305
-    prompts = [(c, extra["pooled_output"]) for ((c, extra),) in conds(SPEC)]
-    return port.sample(noise, low, SIGMAS, prompts, cfg)
 
 
 @pytest.mark.parametrize(("mode", "legacy"), [("auto", False), ("fixed_r1", False), ("legacy_v1", True)])
@@ -136,88 +100,6 @@ def test_the_same_again_and_two_models_from_one(plain, adapter):
     assert torch.equal(job(latent)(plain), before)
 
 
-class Residuals(ControlBase):
-    """What core adds behind every block."""
-
-    def get_control(self, x_noisy, t, cond, batched_number, transformer_options):
-        tokens = x_noisy.shape[-2] * x_noisy.shape[-1] // 4
-        made = torch.randn(3, 1, tokens, 192, generator=torch.Generator().manual_seed(9))
-        return {"input": [], "output": [row.expand(len(x_noisy), -1, -1) for row in made]}
-
-
-def test_a_controlnet_adds_to_the_picture_alone(plain, adapter, monkeypatch):
-    model, latent = applied(plain, adapter)
-    residuals = torch.randn(3, 1, 24, 192, generator=torch.Generator().manual_seed(9))
-    block = Port.block
-
-    def with_residuals(self, i, both, text, temb, grid):
-        x, text = block(self, i, both, text, temb, grid)
-        return torch.cat((x[:, :24] + residuals[i], x[:, 24:]), 1), text
-
-    monkeypatch.setattr(Port, "block", with_residuals)
-    want = wanted(Port({**BASE, **CONTROL}), picture(), latent)
-    positive, negative = ([[c, {**extra, "control": Residuals()}]] for ((c, extra),) in conds(SPEC))
-    got = job(latent, positive=positive, negative=negative)(model)
-    assert error(got, want) < 1e-5
-
-
-class Layouts(Exact):
-    """Dense attention that notes the layouts it is shown."""
-
-    def attend(self, state, call):
-        self.seen.append((call.kind, call.layout.grid, call.layout.image, call.layout.total))
-        return super().attend(state, call)
-
-
-@pytest.mark.parametrize("strength", [1.0, 0.5])
-def test_attention_nodes_beside_it_are_told_the_layout(plain, adapter, strength):
-    """Text, picture, low-resolution tokens; without text in the second attention. At full keep all is as without."""
-    model, latent = applied(plain, adapter, strength=strength)
-    method = Layouts()
-    method.seen = []
-    got = job(latent)(plan(model, method))
-    assert error(got, job(latent)(model)) < 1e-6
-    joint, own = ("joint", (1, 4, 6), slice(10, 34), 58), ("self", (1, 4, 6), slice(0, 24), 48)
-    assert method.seen == [joint, own, joint, own, joint] * 3
-
-
-@pytest.mark.parametrize("strength", [1.0, 0.5])
-def test_sparse_linear_attention_beside_it(plain, adapter, strength):
-    model, latent = applied(plain, adapter, picture(32, 48), strength=strength)
-    sparse = run_node(SparseLinearAttention, model=model, topk=0.9, min_tokens=0, block_q="16", block_k="16")[0]
-    got, want = job(latent)(sparse), job(latent)(model)
-    told = facts(sparse, "Sparse-Linear Attention")
-    assert told["served"] == told["calls"] == 15, "three joint and two further calls in each of three steps"
-    assert not torch.equal(got, want) and error(got, want) < 0.3
-    assert facts(sparse, NAME)["tokens"] == 96
-    whole = run_node(SparseLinearAttention, model=model, topk=1.0, min_tokens=0)[0]
-    assert torch.equal(job(latent)(whole), want)
-
-
-def test_taylor_cache_beside_it(plain, adapter):
-    model, latent = applied(plain, adapter)
-    schedule = torch.linspace(1, 0, 9)
-    run = Job(SPEC, sigmas=schedule, latent=latent)
-    cached = taylor(model)
-    got = run(cached)
-    assert torch.isfinite(got).all() and facts(cached)["forecast"] > 0
-    assert facts(cached, NAME)["acted"] == facts(cached)["full"] < 8
-    assert torch.equal(run(taylor(model, interval=1)), run(model)), "one that skips nothing changes nothing"
-
-
-def test_blocks_behind_skipped_ones_get_the_tokens_of_the_last_full_call(plain, adapter):
-    """DBCache computes the first and the last block and skips those between."""
-    model, latent = applied(plain, adapter)
-    run = Job(SPEC, sigmas=torch.linspace(1, 0, 9), latent=latent)
-    cached = run_node(StepCache, model=model, policy="DBCache", threshold=4.0, first_blocks=1, last_blocks=1, warmup=2,
-                      fill="reuse")[0]  # fmt: skip
-    got = run(cached)
-    assert torch.isfinite(got).all()
-    assert facts(cached, "Step Cache")["forecast"] > 0 and error(got, run(model)) < 0.5
-    off = run_node(StepCache, model=model, policy="DBCache", threshold=0.0, first_blocks=1, last_blocks=1)[0]
-    assert torch.equal(run(off), run(model))
-
-
 def test_nothing_is_left_after_a_run(plain, adapter):
     model, latent = applied(plain, adapter)
     seen = []
@@ -271,11 +153,16 @@ def test_the_picture_is_enlarged_as_pillow_does():
     assert (got[0] - want).abs().max() < 1e-5
 
 
-def test_the_helpers_model_is_what_core_makes_of_the_file(plain):
-    """The port without the adapter's tokens is the plain MODEL: so differences above are the adapter's."""
-    assert empty_latent(SPEC).shape[1] == 16
+def test_the_helpers_model_is_the_files_base(plain):
+    """By ComfyUI's own converter: thirds of the joined projection, and a last block that makes nothing of its text."""
     blocks = plain.model.diffusion_model.joint_blocks
     assert [block.x_block.x_block_self_attn for block in blocks] == [True, True, False]
-    weight = blocks[1].x_block.attn2.qkv.weight
-    thirds = [BASE[f"transformer_blocks.1.attn2.to_{n}.weight"] for n in "qkv"]
-    assert torch.equal(weight.float(), torch.cat(thirds))
+    assert [block.context_block.pre_only for block in blocks] == [False, False, True]
+    for i, name, core in (
+        (1, "attn2.to", "x_block.attn2"),
+        (2, "attn.to", "x_block.attn"),
+        (2, "attn.add", "context_block.attn"),
+    ):
+        end = "_proj" if "add" in name else ""
+        thirds = [BASE[f"transformer_blocks.{i}.{name}_{n}{end}.weight"] for n in "qkv"]
+        assert torch.equal(blocks[i].get_submodule(core).qkv.weight.float(), torch.cat(thirds))

@@ -5,18 +5,16 @@ import comfy.model_patcher
 import pytest
 import torch
 from dit4sr_helper import SPEC as RESTORED
-from dit4sr_helper import Port, Vae, base, control, model_of_base
+from dit4sr_helper import Port, Vae, base, control, model_of_base, tiny_adapter
 from nodes_helper import Job, conds, error, facts, model_of, run_node, taylor
-from safetensors.torch import save_file
 
-from tessera.methods.control.dit4sr import read
 from tessera.methods.control.tiles import Blend, bell, spans
 from tessera.nodes.cache.region_adaptive_sampling import RegionAdaptiveSampling
 from tessera.nodes.control.apply_dit4sr import ApplyDit4sr
 from tessera.nodes.control.tiled_latents import TiledLatents
 from tessera.patching.control import ControlFeature
-from tessera.patching.dit4sr import Adapter, enlarged
-from tessera.patching.run import attach
+from tessera.patching.dit4sr import enlarged
+from tessera.patching.run import Run, attach, features_of
 from tessera.patching.tiles import Cut, TileFeature
 
 SIDES = 20, 28
@@ -115,10 +113,8 @@ def test_without_overlap_tiles_are_pictures_of_their_own_under_a_cache_too():
 
 
 @pytest.fixture(scope="module")
-def adapter(tmp_path_factory):
-    path = tmp_path_factory.mktemp("dit4sr_r1") / "control.safetensors"
-    save_file(control(), str(path))
-    return Adapter.of(read(path, "r1"))
+def adapter():
+    return tiny_adapter()
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
@@ -201,6 +197,25 @@ def test_what_cannot_join_it_is_refused():
         attach(patched, ControlFeature("1", "Mine"))
     with pytest.raises(ValueError, match="overlap 8 must be smaller than tile 8"):
         tiled(model, 8, 8)
+
+
+@pytest.mark.parametrize("sides", [SIDES, (8, 12)], ids=str)
+def test_core_is_told_the_memory_of_a_tile(adapter, monkeypatch, sides):
+    """And with Apply DiT4SR that of as many tokens again."""
+    import comfy.sampler_helpers as helpers
+
+    asked, estimate = [], helpers.estimate_memory
+    monkeypatch.setattr(
+        helpers, "estimate_memory", lambda m, shape, c: (asked.append([*shape]), estimate(m, shape, c))[1]
+    )
+    image, model = torch.rand(1, *(2 * n for n in sides), 3), tiled(model_of_base(base()))
+    patched = run_node(ApplyDit4sr, model=model, adapter=adapter, image=image, vae=Vae())[0]
+    job(RESTORED, noise_of(*sides))(patched)
+    tile = [1, 16, *(min(side, 16) for side in sides)]
+    assert asked == [tile]
+    run = Run(features_of(patched.model_options), None, model.model, {}, None)
+    one = run.features[1].held_bytes(run, (1, 16, *sides), {"positive": [{}]})
+    assert one == int(model.model.memory_required(tile)) > 0
 
 
 def test_an_interrupt_stops_between_tiles(monkeypatch):
