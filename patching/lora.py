@@ -14,8 +14,9 @@ import comfy.weight_adapter
 import torch
 
 from .. import archs
-from ..methods.control.lora_gram import Delta, Factors, Piece, gram, joined
+from ..methods.control.lora_gram import Delta, Factors, Piece, features, gram, joined
 from ..methods.files.finite import finite
+from ..methods.quant.calibration import Statistics
 from .blocks import block_path, positions
 from .weights import plain_weight
 
@@ -185,6 +186,7 @@ class Layer:
     products: torch.Tensor  # fp64 [k, k], the Gram matrix at strength 1
     there: tuple[bool, ...]  # which of the LoRA patch it
     fixed: tuple[bool, ...]  # which keep their strength
+    of_features: bool = False  # whether products are of what the deltas do to recorded inputs
 
     @property
     def name(self) -> str:
@@ -194,8 +196,12 @@ class Layer:
         return self.block is not None and self.block < math.ceil(fraction * self.blocks)
 
 
-def layers(model: Any, loras: list[Lora], device: torch.device, measured: bool = False) -> Iterator[Layer]:
-    """In running order. One layer's deltas are held at a time; with measured also of those that keep their strength."""
+def layers(
+    model: Any, loras: list[Lora], statistics: Statistics | None = None, measured: bool = False
+) -> Iterator[Layer]:
+    """In running order. One layer's deltas are held at a time; with measured also of those that keep their strength. With
+    statistics, deltas count by what they do to the inputs that were recorded, where those of a layer were."""
+    device = model.load_device
     entries: dict[str, list[list[tuple[Key, Any]]]] = {}
     for i, lora in enumerate(loras):
         for key, patch in lora.patches.items():
@@ -210,7 +216,25 @@ def layers(model: Any, loras: list[Lora], device: torch.device, measured: bool =
             for held, keep in zip(entries[name], kept, strict=True)
         ]
         there = tuple(bool(held) for held in entries[name])
-        yield Layer(name, found[name], len(places), gram(_alike(deltas)), there, kept)
+        rows = _inputs(model, name, statistics)
+        deltas = _alike(deltas)
+        if rows is not None:
+            deltas = [features(one, rows.to(device)) for one in deltas]
+        yield Layer(name, found[name], len(places), gram(deltas), there, kept, rows is not None)
+
+
+def _inputs(model: Any, layer: str, statistics: Statistics | None) -> torch.Tensor | None:
+    """Recorded rows [n, K] of a layer. ValueError where they are another model's."""
+    held = None if statistics is None else statistics.layers.get(layer.removeprefix("diffusion_model."))
+    if statistics is None or held is None or not len(held.rows):
+        return None
+    shape = [*plain_weight(model, f"{layer}.weight").shape]
+    if len(shape) != 2 or shape[1] != held.channels:
+        raise ValueError(
+            f"{statistics.name} recorded inputs of {held.channels} channels at {layer}, whose weight is {shape} here. Calibrate "
+            "this MODEL."
+        )
+    return held.rows
 
 
 def _alike(deltas: list[Delta]) -> list[Delta]:

@@ -8,7 +8,7 @@ import torch
 from ..methods.control.lora_gram import cosines, norms
 from ..methods.measure.heat_map import heat_map
 from .lora import Layer, Lora, layer_of, layers
-from .lora_stack import numbers
+from .lora_stack import feature_lines, numbers
 from .sampling import Progress
 
 MOST_ROWS = 96  # layers above which a picture shows blocks
@@ -24,10 +24,10 @@ class Row:
     there: tuple[bool, ...]
 
 
-def measure(model: Any, loras: list[Lora]) -> list[Layer]:
+def measure(model: Any, loras: list[Lora], statistics: Any = None) -> list[Layer]:
     progress = Progress(len({layer_of(key) for lora in loras for key in lora.patches}))
     made = []
-    for layer in layers(model, loras, model.load_device, measured=True):
+    for layer in layers(model, loras, statistics, measured=True):
         made.append(layer)
         progress.step()
     return made
@@ -99,7 +99,7 @@ def lines(loras: list[Lora], found: list[Layer]) -> list[str]:
         words = ("|cos|", *THIRDS)
         parts = [f"{word} {'-' if v is None else f'{v:.4f}'}" for word, v in zip(words, values, strict=True)]
         made.append(f"{i + 1}-{j + 1}: " + ", ".join(parts))
-    return made
+    return made + feature_lines(found)
 
 
 def picture(loras: list[Lora], found: list[Layer], rows: str) -> torch.Tensor:

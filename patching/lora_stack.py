@@ -35,13 +35,13 @@ class Choice:
 Row = tuple[Layer, Weighed]
 
 
-def weighed(model: Any, loras: list[Lora], strengths: list[float], choice: Choice) -> list[Row]:
+def weighed(model: Any, loras: list[Lora], strengths: list[float], choice: Choice, statistics: Any = None) -> list[Row]:
     """Every layer's weights; empty where all are 1."""
     if choice.plain or len(loras) < 2:
         return []
     rows = []
     progress = Progress(len({layer_of(key) for lora in loras for key in lora.patches}))
-    for layer in layers(model, loras, model.load_device):
+    for layer in layers(model, loras, statistics):
         rows.append((layer, weigh(layer.products, strengths, choice.target, choice.beta, choice.at(layer))))
         progress.step()
     return rows
@@ -96,6 +96,7 @@ def lines(loras: list[Lora], strengths: list[float], rows: list[Row], choice: Ch
         used = [strength * one.factors[i] for layer, one in rows if layer.there[i]]
         spread = f": {min(used):.3g} to {max(used):.3g}, median {median(used):.3g}" if used else ""
         made.append(f"{lora.name} at strength {strength:g}{spread}")
+    made += feature_lines([layer for layer, _ in rows])
     parallel = sum(one.parallel for _, one in rows)
     kept = sum(any(layer.fixed) for layer, _ in rows)
     if parallel:
@@ -105,6 +106,12 @@ def lines(loras: list[Lora], strengths: list[float], rows: list[Row], choice: Ch
             f"{kept} layers hold an adapter that is not linear in its strength (OFT, set, reshape), which stays."
         )
     return made + text_lines(loras, clip)
+
+
+def feature_lines(found: list[Layer]) -> list[str]:
+    """How many layers were measured on recorded inputs."""
+    count = sum(layer.of_features for layer in found)
+    return [f"{count} of {len(found)} layers measured by their effect on recorded inputs"] if count else []
 
 
 def text_lines(loras: list[Lora], clip: Any) -> list[str]:

@@ -5,6 +5,7 @@ Gemma's tokenizer is a sentencepiece file, which it does not ship: one is traine
 import contextlib
 import dataclasses
 
+import comfy.hooks
 import comfy.model_patcher
 import comfy.sd
 import comfy.text_encoders.flux
@@ -63,8 +64,10 @@ def small():
 
         patch.setattr(llama, name, shrunk)
     patch.setattr(comfy.text_encoders.qwen_vl, "Qwen2VLVisionTransformer", Visual)
-    yield
-    patch.undo()
+    try:
+        yield
+    finally:
+        patch.undo()
 
 
 def gemma(tmp_path_factory):
@@ -90,6 +93,7 @@ KINDS = {  # tokenizer, encoders; the layer that is the model's own
     "kandinsky5": (te.kandinsky5.Kandinsky5Tokenizer, te.kandinsky5.Kandinsky5TEModel),
     "hunyuan_video": (te.hunyuan_video.HunyuanVideoTokenizer, te.hunyuan_video.HunyuanVideoClipModel),
     "klein": (te.flux.KleinTokenizer, te.flux.klein_te()),
+    "hidream": (te.hidream.HiDreamTokenizer, te.hidream.hidream_clip(clip_l=False, clip_g=False, t5=False)),
     "lumina2": (te.lumina2.LuminaTokenizer, te.lumina2.LuminaModel),
 }
 OWN = {
@@ -101,7 +105,7 @@ OWN = {
     "hunyuan_video": -3,
     "lumina2": -2,
 }
-FILLED = {"ovis": 284, "klein": 512}  # lengths that tokens are filled up to
+FILLED = {"ovis": 284, "klein": 512, "hidream": 128}  # lengths that tokens are filled up to
 
 
 def build(kind, tmp_path_factory):
@@ -125,6 +129,7 @@ def build(kind, tmp_path_factory):
     fill(clip.cond_stage_model)
     clip.patcher = comfy.model_patcher.ModelPatcher(clip.cond_stage_model, torch.device("cpu"), torch.device("cpu"))
     clip.patcher.is_clip = True
+    clip.patcher.hook_mode = comfy.hooks.EnumHookMode.MinVram
     clip.layer_idx, clip.tokenizer_options, clip.use_clip_schedule, clip.apply_hooks_to_conds = None, {}, False, None
     return clip
 

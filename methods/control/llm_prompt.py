@@ -21,6 +21,7 @@ CHATS = (  # how chat templates open and close the system's part
     ("<start_of_turn>system\n", "<end_of_turn>\n"),
 )
 RAW = tuple(opening.removesuffix("system\n").removesuffix("system<|end_header_id|>\n\n") for opening, _ in CHATS)
+MERGED = 2  # tokens of a template that may change with the words after it
 HIDDEN = -1  # the id that stands for a kept instruction token where templates are looked for
 
 
@@ -40,11 +41,17 @@ def marked(ids: Sequence[int], like: Token) -> list[Token]:
 
 
 def start_of_text(tokens: list[Token], probes: list[list[Token]], pad: int | None) -> int:
-    """Where the user's words begin: after what the tokens share with those of other words in the same template. pad: the
-    id that fills up on the left, if that is where this tokenizer does."""
+    """Where the user's words begin: after what the tokens share with those of other words in the same template. probes: of
+    two words of one token each. pad: the id that fills up on the left, if that is where this tokenizer does."""
     skipped = leading(tokens, pad)
-    rest = [_ids(tokens[skipped:]), *(_ids(probe[leading(probe, pad) :]) for probe in probes)]
-    return skipped + min(_shared(rest[0], other) for other in rest[1:])
+    own, one, other = (_ids(held[leading(held, pad) :]) for held in (tokens, *probes))
+    start, template = min(_shared(own, one), _shared(own, other)), _shared(one, other)
+    end = one[template + 1 :]
+    if (
+        template - start > MERGED and end and own[-len(end) :] == end
+    ):  # a prompt without words, which has its own template
+        start = len(own) - len(end)
+    return skipped + start
 
 
 def leading(tokens: list[Token], pad: int | None) -> int:
@@ -70,7 +77,9 @@ def inserted(
     """tokens with the instruction: before the words that begin at `start`, or in the system's part of their chat template,
     which is added where there is none. Without a template both are the same. ids: the LLM's own tokenizer."""
     if position == "system":
-        for opening, closing in CHATS:
+        for mark, (opening, closing) in zip(RAW, CHATS, strict=True):
+            if len(ids(mark)) != 1:
+                continue  # this LLM does not know it
             begin = ids(opening)
             at = _find(tokens, begin)
             if at is not None:

@@ -36,6 +36,21 @@ def joined(pieces: Sequence[Factors]) -> Factors:
     return Factors(torch.cat([p.up for p in pieces], 1), torch.cat([p.down for p in pieces]))
 
 
+def features(delta: Delta, rows: torch.Tensor) -> Delta:
+    """What a delta of a linear layer adds to its output for inputs rows [n, K], over sqrt(n): its norm is the root mean
+    square of the change of a token's features. The same kinds of pieces, so factors stay factors."""
+    x = rows.float().T / len(rows) ** 0.5
+    weight = [piece for name, piece in delta.items() if not name.endswith("bias")]
+    bias = [piece for name, piece in delta.items() if name.endswith("bias")]
+    ones = x.new_full((1, len(rows)), len(rows) ** -0.5)
+    low = [Factors(b.flatten()[:, None], ones) for b in bias if isinstance(b, torch.Tensor)]
+    low += [Factors(piece.up, piece.down @ x) for piece in weight if isinstance(piece, Factors)]
+    made: list[Piece] = [piece.flatten(1) @ x for piece in weight if isinstance(piece, torch.Tensor)]
+    if not made:
+        return {"output": joined(low)} if low else {}
+    return {"output": sum((f.up @ f.down for f in low), made[0])}
+
+
 def inner(a: Piece, b: Piece) -> float:
     """<a, b>, entry by entry; a and b are deltas of the same tensor."""
     if isinstance(a, Factors) and isinstance(b, Factors):

@@ -4,6 +4,7 @@ from comfy_api.latest import io
 from ...methods.control.lora_gram import TARGETS
 from ...patching.lora import read
 from ...patching.lora_stack import WHERE, Choice, lines, put, told, weighed
+from ...patching.quant_widgets import QuantizationSocket
 
 NONE = "none"
 COUNT = 4
@@ -33,6 +34,8 @@ class BalancedLoraStack(io.ComfyNode):
                     tooltip="With orthogonalize shallow: which part of the blocks counts as shallow, 0 to 1, from the first. Higher turns more layers."),
                 io.Clip.Input("clip", optional=True,
                     tooltip="The text encoder, for LoRA that have keys for it. They are loaded at their plain strength: only the diffusion model is balanced."),
+                QuantizationSocket.Input("calibration", optional=True,
+                    tooltip="From Calibrate Quantization on this model: then deltas count by what they do to the inputs that were recorded there, not by their weights."),
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The MODEL with all LoRA on it, as weight patches of ComfyUI's own."),
@@ -42,13 +45,13 @@ class BalancedLoraStack(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, model, norm_target, beta, orthogonalize, shallow_fraction, clip=None, **given):
+    def execute(cls, model, norm_target, beta, orthogonalize, shallow_fraction, clip=None, calibration=None, **given):
         asked = [(given[f"lora_{i + 1}"], given[f"strength_{i + 1}"]) for i in range(COUNT)]
         used = [(name, strength) for name, strength in asked if name != NONE and strength != 0]
         loras = [read(folder_paths.get_full_path_or_raise("loras", name), model, clip) for name, _ in used]
         strengths = [strength for _, strength in used]
         choice = Choice(norm_target, beta, orthogonalize, shallow_fraction)
-        rows = weighed(model, loras, strengths, choice)
+        rows = weighed(model, loras, strengths, choice, calibration)
         patched, worded = put(model, clip, loras, strengths, rows)
         panel = {"kind": "lines", "lines": lines(loras, strengths, rows, choice, clip)}
         return io.NodeOutput(patched, worded, told(loras, strengths, rows, choice), ui={"tessera_report": [panel]})

@@ -6,6 +6,7 @@ from comfy_api.latest import io
 from ...patching.lora import read
 from ...patching.lora_report import lines, measure, picture, told
 from ...patching.lora_stack import text_lines
+from ...patching.quant_widgets import QuantizationSocket
 
 NONE = "none"
 COUNT = 4
@@ -32,6 +33,8 @@ class LoraOrthogonalityReport(io.ComfyNode):
                 ),
                 io.Combo.Input("rows", options=["auto", "layers", "blocks"], advanced=True,
                     tooltip="Rows of the heat map: single layers or whole blocks. auto takes blocks where there are more than 96 layers. JSON always has layers."),
+                QuantizationSocket.Input("calibration", optional=True,
+                    tooltip="From Calibrate Quantization on this model: then deltas count by what they do to the inputs that were recorded there, not by their weights."),
             ],
             outputs=[
                 io.Image.Output(display_name="heat_map", tooltip="A row for each layer, a column for each pair: green is orthogonal, red the same direction."),
@@ -41,12 +44,12 @@ class LoraOrthogonalityReport(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, model, rows, **given):
+    def execute(cls, model, rows, calibration=None, **given):
         names = [name for i in range(COUNT) if (name := given[f"lora_{i + 1}"]) != NONE]
         if not names:
             raise ValueError("LoRA Orthogonality Report has no LoRA to measure; choose at least one.")
         loras = [read(folder_paths.get_full_path_or_raise("loras", name), model) for name in names]
-        found = measure(model, loras)
+        found = measure(model, loras, calibration)
         report = told(loras, found)
         panel = {"kind": "lines", "lines": [*lines(loras, found), *text_lines(loras, None)]}
         return io.NodeOutput(picture(loras, found, rows), json.dumps(report), report, ui={"tessera_report": [panel]})

@@ -8,6 +8,7 @@ from nodes_helper import Job, error, model_of
 from quantized_helper import folder, quantized  # noqa: F401 - a fixture
 
 from tessera.methods.control.lora_gram import cosines
+from tessera.methods.quant.calibration import LayerStatistics, Statistics
 
 SIZES = (1.0, 4.0, 0.2)
 
@@ -148,6 +149,35 @@ def test_layouts_mix(loras):  # noqa: F811
     assert row["cosines"][0][1] == pytest.approx(float((each[0][key] * each[1][key]).sum() / n[0] / n[1]), abs=1e-6)
     balanced = [a * b for a, b in zip(row["norms"], row["factors"], strict=True)]
     assert balanced[0] == pytest.approx(balanced[1], rel=1e-5)
+
+
+def test_features_of_recorded_inputs_are_balanced(loras):  # noqa: F811
+    """With a calibration, norms are of what the deltas do to real inputs: channels differ in size there."""
+    model = model_of("flux")[0]
+    held, names = files(loras, "flux", "core")
+    layer = PLACES["flux", "core"][0].removeprefix("diffusion_model.")
+    recorded = LayerStatistics(128, 32)
+    recorded.add(torch.randn(32, 128, generator=torch.Generator().manual_seed(1)) * torch.logspace(-2, 2, 128))
+    calibration = Statistics({layer: recorded}, "any", 2, "euler")
+    out = stack(model, names, orthogonalize="all", calibration=calibration)
+    x = recorded.rows.double() / 32**0.5
+    key = f"diffusion_model.{layer}.weight"
+    each = [added(model, core(model, [one], [1.0]))[key] for one in held]
+    row, other = (r for r in out[2]["layers"])
+    assert row["layer"] == layer and row["norms"] == pytest.approx([float((x @ d.T).norm()) for d in each], rel=1e-5)
+    f = torch.stack([(x @ d.T).flatten() for d in each])
+    goal = f.norm(dim=1).log().mean().exp()
+    values, vectors = torch.linalg.eigh(cosines(f @ f.T))
+    turned = goal * ((vectors / values.sqrt()) @ vectors.T @ (f / f.norm(dim=1, keepdim=True)))
+    got = sum(factor * d for factor, d in zip(row["factors"], each, strict=True))
+    assert error((x @ got.T).flatten(), turned.sum(0)) < 1e-4
+    plain = stack(model, names, orthogonalize="all")
+    assert plain[2]["layers"][1] == other and plain[2]["layers"][0]["norms"] != row["norms"]
+    assert any("1 of 2 layers measured by their effect" in x for x in out.ui["tessera_report"][0]["lines"])
+    wrong = Statistics({layer: LayerStatistics(64, 4)}, "any", 2, "euler")
+    wrong.layers[layer].add(torch.ones(4, 64))
+    with pytest.raises(ValueError, match=r"inputs of 64 channels at .*qkv, whose weight is \[384, 128\]"):
+        stack(model, names, calibration=wrong)
 
 
 def test_on_our_quantized_model(loras, folder):  # noqa: F811

@@ -1,5 +1,6 @@
 """An instruction for LLM text encoders: what goes in, what comes out, and that core's own encoding stays."""
 
+import comfy.hooks
 import comfy.sd
 import pytest
 import torch
@@ -55,9 +56,13 @@ def test_dropped_instructions_leave_as_many_rows_as_core(clips, kind, position):
     for text in (PROMPT, "", "xylophone 7", "7 (red:1.3) foxes"):
         want, got = encode(clip, text), encode(changed, text)
         assert got["cond"].shape == want["cond"].shape and got.keys() == want.keys()
+        name = (
+            "conditioning_llama3" if kind == "hidream" else "cond"
+        )  # there the LLM's states of all layers go beside T5's
+        assert got[name].shape == want[name].shape
         if isinstance(want.get("attention_mask"), torch.Tensor):
             assert torch.equal(got["attention_mask"], want["attention_mask"])
-        assert torch.isfinite(got["cond"]).all() and not torch.equal(got["cond"], want["cond"]), "the LLM has read it"
+        assert torch.isfinite(got[name]).all() and not torch.equal(got[name], want[name]), "the LLM has read it"
         if want["pooled_output"] is not None:
             assert torch.equal(got["pooled_output"], want["pooled_output"]), "CLIP-L sees the prompt alone"
 
@@ -226,6 +231,28 @@ def test_a_lora_on_it_acts(clips):
         assert one.add_patches(patch, 0.1) == [key]
     same(encode(a), encode(b))
     assert not torch.equal(encode(a)["cond"], encode(clip)["cond"])
+
+
+def test_hooks_that_switch_a_lora_on(clips):
+    """Core encodes scheduled hooks in another place."""
+    from comfy_extras.nodes_hooks import SetClipHooks
+
+    key = "qwen3_4b.transformer.model.layers.0.mlp.down_proj.weight"
+    hooks = comfy.hooks.HookGroup()
+    hooks.add(comfy.hooks.WeightHook(strength_clip=1.0))
+    hooks.hooks[0].weights_clip = hooks.hooks[0].weights = {key: ("diff", (0.1 * torch.ones(32, 48),))}
+    hooks.hooks[0].need_weight_init = False
+    plain = clips("z_image")
+    made = {}
+    for name, clip in (("core", plain), ("empty", options(plain, "")), ("told", options(plain))):
+        held = SetClipHooks().apply_hooks(clip, True, False, hooks)[0]
+        held.patcher.add_hook_patches(held.patcher.forced_hooks.hooks[0], hooks.hooks[0].weights)
+        made[name] = held.encode_from_tokens_scheduled(held.tokenize(PROMPT))
+    assert torch.equal(made["core"][0][0], made["empty"][0][0])
+    assert not torch.equal(made["core"][0][0], encode(plain)["cond"]), "the hook acts"
+    assert made["told"][0][0].shape == made["core"][0][0].shape and not torch.equal(
+        made["told"][0][0], made["core"][0][0]
+    )
 
 
 def test_encoders_that_are_no_llm(clips):

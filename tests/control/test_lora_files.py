@@ -74,6 +74,23 @@ def test_what_is_not_linear_keeps_its_strength(loras):  # noqa: F811
     assert report["layers"][0]["norms"][0] > 0, "but it is measured"
 
 
+def test_a_lora_that_makes_a_layer_larger(loras):  # noqa: F811
+    """As FLUX's control LoRA do with img_in."""
+    model, place = model_of("flux")[0], "diffusion_model.img_in"
+    rows, columns = target(model, place)[1]
+    larger = tensors("flux", "core", places=[place])
+    larger[f"{place}.lora_A.weight"] = torch.cat([larger[f"{place}.lora_A.weight"]] * 2, 1)
+    larger[f"{place}.reshape_weight"] = torch.tensor([rows, 2 * columns])
+    names = {
+        "lora_1": loras("a.safetensors", larger),
+        "lora_2": loras("b.safetensors", tensors("flux", "core", places=[place])),
+    }
+    report = run_node(LoraOrthogonalityReport, model=model, **names)[2]
+    assert report["layers"][0]["norms"][0] == 0 == report["layers"][0]["norms"][1], "no common size to compare"
+    assert report["layers"][0]["block"] is None
+    assert stack(model, names, orthogonalize="all")[2]["layers"][0]["factors"] == [1.0, 1.0]
+
+
 def test_an_adapter_of_another_shape_is_refused(loras):  # noqa: F811
     """Core logs it and goes on without the layer."""
     model = model_of("flux")[0]

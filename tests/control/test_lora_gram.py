@@ -51,6 +51,24 @@ def test_dense_and_missing_tensors():
     assert got[1, 2] == pytest.approx(float((b1 * b2).sum()), rel=1e-6) and got[0, 2] == 0
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", ["factors", "dense", "bias"])
+def test_features_are_what_a_layer_adds_to_its_output(kind, bias):
+    g = torch.Generator().manual_seed(8)
+    rows, b = torch.randn(12, K, generator=g), torch.randn(N, generator=g)
+    held = deltas()[0] if kind == "factors" else {"weight": torch.randn(N, K, generator=g)} if kind == "dense" else {}
+    weight = dense(held["weight"]) if held else torch.zeros(N, K, dtype=torch.float64)
+    want = rows.double() @ weight.T + (b.double() if bias else 0)
+    got = m.features({**held, **({"bias": b} if bias else {})}, rows)
+    if not held and not bias:
+        assert got == {}
+        return
+    made = dense(got["output"])
+    assert isinstance(got["output"], m.Factors) == (kind != "dense")
+    assert (made.T * 12**0.5 - want).norm() < 1e-5 * want.norm()
+    assert float(m.norms(m.gram([got]))[0]) == pytest.approx(float(want.square().sum(1).mean().sqrt()), rel=1e-5)
+
+
 def test_cosines_of_a_zero_delta():
     got = m.cosines(m.gram([*deltas()[:2], {}]))
     assert got[2].tolist() == [0, 0, 0] and got[0, 0] == pytest.approx(1)
