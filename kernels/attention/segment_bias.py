@@ -270,8 +270,8 @@ segment_bias.register_autograd(_gradients, setup_context=_save)
 
 
 def example(tokens: int, device: str, dtype: torch.dtype) -> tuple:
-    """FLUX's heads: text and picture, a condition of 1024 tokens at strength 0.7 and one that is left out."""
+    """Text and picture, a condition of 1024 tokens at strength 0.7, and one that is left out."""
     sizes = (tokens, tokens + 2048, tokens + 2048)
-    q, k, v = (torch.randn(1, n, 24, 128, device=device).to(dtype).transpose(1, 2) for n in sizes)
+    q, k, v = (torch.randn(1, n, 8, 128, device=device).to(dtype).transpose(1, 2) for n in sizes)
     bias = torch.tensor([[0.0, math.log(0.7), -math.inf]], device=device)
     return q, k, v, [tokens, tokens + 1024, tokens + 2048], bias
