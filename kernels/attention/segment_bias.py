@@ -89,7 +89,7 @@ def _decoded(x8: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch
 
 def _columns(at, segments: list[tuple[int, int]], k, v, k8, v8, k_scale, v_scale) -> list[torch.Tensor]:
     """Keys and values of some rows and segments; neighbouring segments are one view, a single run no copy."""
-    m, runs = k.shape[2], []
+    m, runs = k.shape[2], list[tuple[int, int]]()
     for start, stop in segments:
         if runs and runs[-1][1] == start and start != m:
             runs[-1] = runs[-1][0], stop
@@ -183,14 +183,14 @@ def launch(
         return reference(q, k, v, ends, bias, scale, k8, v8, k_scale, v_scale)
     _check(q, k, v, ends, bias, k8, v8, k_scale, v_scale)
     out = q.new_empty(b, n, h, d).transpose(1, 2)
-    if k8 is not None and q.dtype == torch.float32:
-        k, v = (torch.cat((x, _decoded(*x8, x.dtype)), 2) for x, x8 in ((k, (k8, k_scale)), (v, (v8, v_scale))))
-        k8 = None
-    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
-    eight = k8 is not None
-    bits = [x if x.stride(3) == 1 else x.contiguous() for x in (k8, v8)] if eight else [k, v]
-    bits = [x.view(torch.uint8) for x in bits] if eight else bits
-    scales = [x.contiguous() for x in (k_scale, v_scale)] if eight else [bias, bias]
+    beside = [x for x in (k8, v8, k_scale, v_scale) if x is not None]
+    if beside and q.dtype == torch.float32:
+        k, v = (torch.cat((x, _decoded(beside[i], beside[i + 2], x.dtype)), 2) for i, x in enumerate((k, v)))
+        beside = []
+    eight = bool(beside)
+    q, k, v, *bits = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v, *beside[:2]))
+    bits = [x.view(torch.uint8) for x in bits] or [k, v]
+    scales = [x.contiguous() for x in beside[2:]] or [bias, bias]
     m, count = k.shape[2], len(ends)
     first = sum(end <= m for end in ends) if eight else count
     d0, d1 = split_head(d, 8 * q.element_size())

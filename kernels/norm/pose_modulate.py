@@ -166,7 +166,7 @@ def example(tokens: int, device: str, dtype: torch.dtype) -> tuple:
 
 def aot_specs() -> list[dict]:
     """Rows of up to 4096 and 8192 channels, with and without a base."""
-    specs = []
+    specs: list[dict] = []
     for width, dtype, added in (
         (4096, "bf16", True),
         (4096, "fp32", True),
@@ -178,7 +178,7 @@ def aot_specs() -> list[dict]:
         args |= {"eps": "fp32", "strength": "fp32"}
         args |= dict.fromkeys(("cb", "cn", "ab", "an", "shift_b", "scale_b", "gate_b"), "i64")
         const = {"AFFINE": 3, "ADDED": added, "BC": width}
-        spec = {
+        spec: dict = {
             "kernel": "pose_row",
             "args": args,
             "const": const,
