@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from control_adapters import PLAIN
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
@@ -188,6 +189,18 @@ def scaled_linear(inputs: tuple, device: str) -> Rivals:
     return found
 
 
+def plain(stem: str) -> Callable[[tuple, str], Rivals]:
+    """Plain torch in the inputs' dtype, and as the truth in fp32."""
+    name, run, memory_bound = PLAIN[stem]
+
+    def against(inputs: tuple, device: str) -> Rivals:
+        exact = [x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs]
+        return Rivals({name: lambda: run(*inputs)}, lambda: run(*exact), memory_bound)
+
+    return against
+
+
 DENSE = ("dense SDPA", "FlashAttention", "cuDNN", "SageAttention")
 RIVALS = {"block_sparse": block_sparse, "forecast": forecast, "delta_rule": delta_rule, "rotate": rotate}
+RIVALS |= {stem: plain(stem) for stem in PLAIN}
 ON_GPU = {"ssd": ssd, "quantize_rows": quantize_rows, "scaled_linear": scaled_linear}

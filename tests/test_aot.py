@@ -34,7 +34,7 @@ def test_no_compilation_is_refused(compiled):
 
 
 def test_the_set_of_every_run_stays_small(compiled):
-    assert len(compiled[1]) <= 400
+    assert len(compiled[1]) <= 450
 
 
 def test_every_kernel_file_takes_part_on_every_gpu(compiled):

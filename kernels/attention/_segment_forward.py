@@ -105,4 +105,4 @@ def aot_specs() -> list[dict]:
         "segment_forward", "segment_bias_fp8", kinds, [("fp8 beside", "bf16", {"EIGHT": True})], tuple(SIZES), small=1
     )
     plain = [(words, words, {"EIGHT": False}) for words in ("bf16", "fp32")]
-    return eight + head_specs("segment_forward", "segment_bias", kinds, plain, tuple(SIZES), small=0)
+    return eight + head_specs("segment_forward", "segment_bias", kinds, plain, tuple(SIZES), small=1)

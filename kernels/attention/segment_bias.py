@@ -89,7 +89,7 @@ def _decoded(x8: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch
 
 def _columns(at, segments: list[tuple[int, int]], k, v, k8, v8, k_scale, v_scale) -> list[torch.Tensor]:
     """Keys and values of some rows and segments; neighbouring segments are one view, a single run no copy."""
-    m, runs = k.shape[2], []
+    m, runs = k.shape[2], list[tuple[int, int]]()
     for start, stop in segments:
         if runs and runs[-1][1] == start and start != m:
             runs[-1] = runs[-1][0], stop
@@ -183,14 +183,14 @@ def launch(
         return reference(q, k, v, ends, bias, scale, k8, v8, k_scale, v_scale)
     _check(q, k, v, ends, bias, k8, v8, k_scale, v_scale)
     out = q.new_empty(b, n, h, d).transpose(1, 2)
-    if k8 is not None and q.dtype == torch.float32:
-        k, v = (torch.cat((x, _decoded(*x8, x.dtype)), 2) for x, x8 in ((k, (k8, k_scale)), (v, (v8, v_scale))))
-        k8 = None
-    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
-    eight = k8 is not None
-    bits = [x if x.stride(3) == 1 else x.contiguous() for x in (k8, v8)] if eight else [k, v]
-    bits = [x.view(torch.uint8) for x in bits] if eight else bits
-    scales = [x.contiguous() for x in (k_scale, v_scale)] if eight else [bias, bias]
+    beside = [x for x in (k8, v8, k_scale, v_scale) if x is not None]
+    if beside and q.dtype == torch.float32:
+        k, v = (torch.cat((x, _decoded(beside[i], beside[i + 2], x.dtype)), 2) for i, x in enumerate((k, v)))
+        beside = []
+    eight = bool(beside)
+    q, k, v, *bits = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v, *beside[:2]))
+    bits = [x.view(torch.uint8) for x in bits] or [k, v]
+    scales = [x.contiguous() for x in beside[2:]] or [bias, bias]
     m, count = k.shape[2], len(ends)
     first = sum(end <= m for end in ends) if eight else count
     d0, d1 = split_head(d, 8 * q.element_size())
@@ -270,8 +270,8 @@ segment_bias.register_autograd(_gradients, setup_context=_save)
 
 
 def example(tokens: int, device: str, dtype: torch.dtype) -> tuple:
-    """FLUX's heads: text and picture, a condition of 1024 tokens at strength 0.7 and one that is left out."""
+    """Text and picture, a condition of 1024 tokens at strength 0.7, and one that is left out."""
     sizes = (tokens, tokens + 2048, tokens + 2048)
-    q, k, v = (torch.randn(1, n, 24, 128, device=device).to(dtype).transpose(1, 2) for n in sizes)
+    q, k, v = (torch.randn(1, n, 8, 128, device=device).to(dtype).transpose(1, 2) for n in sizes)
     bias = torch.tensor([[0.0, math.log(0.7), -math.inf]], device=device)
     return q, k, v, [tokens, tokens + 1024, tokens + 2048], bias

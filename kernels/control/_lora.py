@@ -64,14 +64,14 @@ def lora_up(H, UP, SCALE, Y, TILES, N, M, R, yb, yn, BM: tl.constexpr, BR: tl.co
 
 def aot_specs() -> list[dict]:
     """Compilations for bench/aot.py, with the tiles of the launcher."""
-    specs = []
+    specs: list[dict] = []
     for dtype in ("bf16", "fp32"):
         down = dict.fromkeys(("X", "DOWN", "H"), f"*{dtype}") | dict.fromkeys(("N", "K", "R"), "i32")
         up = dict.fromkeys(("H", "UP", "Y"), f"*{dtype}") | dict.fromkeys(("N", "M", "R"), "i32") | {"SCALE": "*fp32"}
         down |= {"xb": "i64", "xn": "i64"}
         up |= {"yb": "i64", "yn": "i64"}
         for kernel, args, last in (("lora_down", down, {"BK": BK}), ("lora_up", up, {"BN": BN})):
-            spec = {"kernel": kernel, "args": args | {"TILES": "*i32"}, "const": {"BM": BM, "BR": BR} | last}
+            spec: dict = {"kernel": kernel, "args": args | {"TILES": "*i32"}, "const": {"BM": BM, "BR": BR} | last}
             spec |= {"tag": dtype, "warps": 4, "stages": 3, "unaligned": tuple(SIZES), "extra": dtype != "bf16"}
             specs.append(spec)
     return specs

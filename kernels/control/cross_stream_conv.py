@@ -136,11 +136,11 @@ def example(tokens: int, device: str, dtype: torch.dtype) -> tuple:
 
 def aot_specs() -> list[dict]:
     """SD3.5's convolution in bf16 and fp32."""
-    specs = []
+    specs: list[dict] = []
     for dtype in ("bf16", "fp32"):
         args = dict.fromkeys(("A", "G", "WEIGHT", "BIAS", "OUT"), f"*{dtype}") | dict.fromkeys(("N", "W", "C"), "i32")
         args |= {"scale": "fp32", "ab": "i64", "an": "i64"}
         const = {"K": 3, "KIND": 3, "BIASED": True, "BN": BN, "BC": BC}
-        spec = {"kernel": "cross_stream", "args": args, "const": const, "tag": dtype, "extra": dtype != "bf16"}
+        spec: dict = {"kernel": "cross_stream", "args": args, "const": const, "tag": dtype, "extra": dtype != "bf16"}
         specs.append(spec | {"warps": 4, "stages": 3, "unaligned": tuple(SIZES)})
     return specs

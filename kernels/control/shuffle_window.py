@@ -61,10 +61,12 @@ def _attended(rows, qkv_weight, qkv_bias, heads, segments) -> torch.Tensor:
 def _mixed(x, perm, qkv_weight, qkv_bias, proj_weight, proj_bias, heads, segments) -> torch.Tensor:
     """As reference, in operations that autograd knows."""
     exact = torch.float32 if x.dtype == torch.float16 and x.device.type == "cpu" else x.dtype  # no fast product there
-    weights = [None if w is None else w.to(exact) for w in (qkv_weight, qkv_bias, proj_weight, proj_bias)]
+    given, added = (None if b is None else b.to(exact) for b in (qkv_bias, proj_bias))
     at = perm.long()
     rows = x.flatten(1).index_select(1, at).view(x.shape).to(exact)
-    rows = functional.linear(_attended(rows, *weights[:2], heads, segments), *weights[2:])
+    rows = functional.linear(
+        _attended(rows, qkv_weight.to(exact), given, heads, segments), proj_weight.to(exact), added
+    )
     return torch.zeros_like(x, memory_format=torch.contiguous_format).flatten(1).scatter(
         1, at.expand(x.shape[0], -1), rows.reshape(x.shape[0], -1).to(x.dtype)
     ).view(x.shape)  # fmt: skip
@@ -181,7 +183,7 @@ def example(tokens: int, device: str, dtype: torch.dtype) -> tuple:
 
 def aot_specs() -> list[dict]:
     """Both kernels, in bf16 and fp32."""
-    specs = []
+    specs: list[dict] = []
     for dtype in ("bf16", "fp32"):
         pointers = {"X": f"*{dtype}", "PERM": "*i32", "ROWS": f"*{dtype}"}
         args = pointers | {"TOTAL": "i32", "C": "i32", "xb": "i64", "xn": "i64"}

@@ -47,6 +47,13 @@ def test_a_norm_without_weight_or_bias(left, serve, device, error):
         assert error(got, want) < 2e-6
 
 
+def test_pieces_of_a_sequence_are_the_whole(device, monkeypatch):
+    given = make(CASES[1], device)
+    whole = m.reference(*given)
+    monkeypatch.setattr(m, "CACHED", 3 * 36 * 4)  # four tokens at once, and three at the end
+    assert all(torch.equal(*both) for both in zip(whole, m.reference(*given), strict=True))
+
+
 @pytest.mark.parametrize("serve", SERVES, ids=NAMES)
 def test_a_strength_of_zero_leaves_the_base(serve, device):
     *given, base, _ = make(CASES[1], device)
