@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ..kernels.control.grouped_lora import grouped_lora
 from ..methods.control.easycontrol import Block, EasyControlWeights, Lora
 from .run import current_forward
 
@@ -47,27 +48,26 @@ def positions_of(network: Any, x: torch.Tensor, options: dict[str, Any]) -> Posi
     return Positions(tuple(ids[0].tolist()), row, column, (height, width))
 
 
-def added(lora: Lora, x: torch.Tensor, scale: float) -> torch.Tensor:
-    """scale * up(down(x)), x [.., D]."""
-    down, up = (weight.to(x.device, x.dtype) for weight in (lora.down, lora.up))
-    return F.linear(F.linear(x, down), up) * scale
+def added(down: torch.Tensor, up: torch.Tensor, x: torch.Tensor, base: torch.Tensor, scale: float) -> torch.Tensor:
+    """base [B, N, M] + scale * up(down(x)), x [B, N, D]."""
+    down, up = (weight.to(x.device, x.dtype)[None] for weight in (down, up))
+    return grouped_lora(x, down, up, [x.shape[1]], [0], [scale], None, base)
 
 
 def _on_qkv(block: Block, scale: float, width: int):
     """Behind a projection whose first 3 * width outputs are q, k and v."""
 
     def hook(module, args, out):
-        (x,) = args
-        for i, part in enumerate("qkv"):
-            at = slice(i * width, (i + 1) * width)
-            out[..., at] = out[..., at] + added(block[part], x, scale)
+        loras = [block[part] for part in "qkv"]
+        down, up = torch.cat([lora.down for lora in loras]), torch.block_diag(*(lora.up for lora in loras))
+        out[..., : 3 * width] = added(down, up, args[0], out[..., : 3 * width], scale)
         return out
 
     return hook
 
 
 def _on_output(lora: Lora, scale: float):
-    return lambda module, args, out: out + added(lora, out, scale)
+    return lambda module, args, out: added(lora.down, lora.up, out, out, scale)
 
 
 @contextmanager
