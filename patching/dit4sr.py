@@ -166,16 +166,16 @@ class Dit4srFeature(ControlFeature, BlockFeature, KeyFeature):
 
     def _opened(self, state: Restoring, forward: Forward, x: torch.Tensor) -> Call:
         """The low-resolution tokens of this call, as the model makes tokens of its own input. x [B, N, D]."""
-        model, key = forward.diffusion_model, (x.device, x.dtype)
-        if key not in state.latents:
-            state.latents[key] = self.latent.to(x)
-        latent = state.latents[key] if forward.part is None else state.latents[key][(..., *forward.part)]
-        if latent.shape[-2:] != forward.x.shape[-2:]:
-            have, want = ([*t.shape[-2:]] for t in (forward.x, latent))
+        model, part, key = forward.diffusion_model, forward.part, (x.device, x.dtype)
+        have, want = forward.x.shape[-2:] if part is None else part.sides, self.latent.shape[-2:]
+        if tuple(have) != tuple(want):
             raise ValueError(
                 f"Apply DiT4SR has a picture of {want[0]} x {want[1]} in latent space, and the model is asked for {have[0]} x "
                 f"{have[1]}. Sample from the LATENT that Apply DiT4SR gives, without prompts for a part of the picture."
             )
+        if key not in state.latents:
+            state.latents[key] = self.latent.to(x)
+        latent = state.latents[key] if part is None else part.of(state.latents[key])
         own = spread(latent, x.shape[0], len(forward.keys))
         places = model.cropped_pos_embed(own.shape[-2:], device=x.device)
         rows = model.x_embedder(own) + comfy.ops.cast_to_input(places, x)

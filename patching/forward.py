@@ -24,6 +24,19 @@ class StreamKey:
     occurrence: int  # the same condition used twice in one evaluation
 
 
+@dataclass(frozen=True)
+class Part:
+    """Of a picture."""
+
+    rows: slice
+    columns: slice
+    sides: tuple[int, int]  # of the whole latent, or of the area that a prompt is for
+
+    def of(self, latent: torch.Tensor) -> torch.Tensor:
+        """latent [..., H, W] with these sides -> this part of it."""
+        return latent[..., self.rows, self.columns]
+
+
 @dataclass
 class Forward:
     """Lives for one call of the diffusion model."""
@@ -53,7 +66,7 @@ class Forward:
     appended: int = 0  # tokens that a feature has put behind the image's, as queries and keys of self-attention
     extra_keys: list[Any] = field(default_factory=list)  # ExtraKeys behind those of every call in the stack
     plain_mask: bool = False  # whether the attention call that got them has no mask of the model's own
-    part: tuple[slice, slice] | None = None  # rows and columns of the picture that this call computes; None: all
+    part: Part | None = None  # of the picture that this call computes; None: all
     held: dict[Any, Any] = field(default_factory=dict)  # what features keep for this call, by feature
     covered: tuple[int, int, int] | None = None  # tokens that the image's positions reach over, where they were moved
 
@@ -99,7 +112,7 @@ class PartFeature(Feature):
 
     def in_parts(self, state: Any, args: Any, kwargs: dict[str, Any], compute) -> torch.Tensor:
         """What apply_model gives for these arguments. compute(args, kwargs, part) is a call of its own, with its own
-        tokens and stream keys; part: its rows and columns in the picture, None for all of it."""
+        tokens and stream keys, of that Part of the picture, None for all of it."""
         return compute(args, kwargs, None)
 
 

@@ -11,7 +11,7 @@ import torch
 from ..methods.control.tiles import Blend, spans
 from .control import ControlFeature
 from .dynamic_grain import DynamicGrain
-from .forward import PartFeature
+from .forward import Part, PartFeature
 from .region import RegionFeature
 from .run import Feature, Run
 
@@ -62,8 +62,10 @@ class TileFeature(PartFeature):
     def in_parts(self, state: Cut, args: Any, kwargs: dict[str, Any], compute) -> torch.Tensor:
         given = dict(zip(NAMES, args, strict=False)) | kwargs
         x = given["x"]
-        sides = tuple(x.shape[-2:])
-        parts = [*product(*(spans(side, self.tile, self.overlap) for side in sides))] if x.ndim in (4, 5) else []
+        height, width = x.shape[-2:]
+        sides = height, width
+        spanned = (spans(side, self.tile, self.overlap) for side in sides)
+        parts = [Part(rows, columns, sides) for rows, columns in product(*spanned)] if x.ndim in (4, 5) else []
         state.calls += 1
         state.tiles, state.sides = max(state.tiles, len(parts)), sides
         if len(parts) == 1:
@@ -72,9 +74,9 @@ class TileFeature(PartFeature):
         blend = Blend()
         for part in parts:
             comfy.model_management.throw_exception_if_processing_interrupted()
-            tile = given | {name: value[(..., *part)] for name, value in given.items() if _cut(name, value, x)}
+            tile = given | {name: part.of(value) for name, value in given.items() if _cut(name, value, x)}
             made = compute([tile[name] for name in NAMES[: len(args)]], {name: tile[name] for name in kwargs}, part)
-            blend.add(made, part, sides)
+            blend.add(made, (part.rows, part.columns), sides)
         return blend.made(x.dtype)
 
     def _check(self, given: dict[str, Any], x: torch.Tensor) -> None:

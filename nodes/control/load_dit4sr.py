@@ -14,8 +14,8 @@ class LoadDit4sr(io.ComfyNode):
             node_id="TesseraLoadDit4sr",
             display_name="Load DiT4SR",
             category="Tessera/control",
-            description="Loads DiT4SR's super-resolution layers for Stable Diffusion 3.5 medium. Of a released file only these are kept, a "
-            "seventh of it; Apply DiT4SR puts them on the MODEL.",
+            description="Loads DiT4SR's super-resolution layers for Stable Diffusion 3.5 medium. Of a released file only these are kept, an "
+            "eighth of it; Apply DiT4SR puts them on the MODEL.",
             search_aliases=["DiT4SR", "super-resolution", "dit4sr_q", "dit4sr_f", "dit4sr_r1", "image restoration loader"],
             inputs=[
                 io.Combo.Input("file", options=folder_paths.get_filename_list("controlnet"),

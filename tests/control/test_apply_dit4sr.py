@@ -8,8 +8,21 @@ from dataclasses import fields
 import comfy.model_patcher
 import pytest
 import torch
-from dit4sr_helper import BASE, CONTROL, NAME, Port, applied, job, model_of_base, picture, tiny_adapter, wanted
-from nodes_helper import error, facts, model_of, run_node
+from dit4sr_helper import (
+    BASE,
+    CONTROL,
+    NAME,
+    SPEC,
+    Port,
+    Vae,
+    applied,
+    job,
+    model_of_base,
+    picture,
+    tiny_adapter,
+    wanted,
+)
+from nodes_helper import Job, conds, error, facts, model_of, run_node
 
 from tessera.nodes.cache.dynamic_grain import DynamicGrain as DynamicGrainNode
 from tessera.nodes.control.apply_dit4sr import ApplyDit4sr
@@ -38,6 +51,19 @@ def test_the_authors_forward(plain, adapter, mode, legacy, side):
     assert got.shape == latent.shape and error(got, want) < 1e-5
     other = wanted(Port({**BASE, **CONTROL}, not legacy), image, latent)
     assert error(got, other) > 1e-3 and error(job(latent)(plain), want) > 1e-2
+
+
+def test_odd_sides_are_padded_as_the_model_pads_its_own(plain, adapter):
+    image = picture(18, 26)
+    model, latent = applied(plain, adapter, image)
+    assert latent.shape == (1, 16, 9, 13)
+    noise = torch.randn(latent.shape, generator=torch.manual_seed(7))
+    got = Job(SPEC, sigmas=torch.tensor([1.0, 0.0]), latent=latent, noise=noise)(model)
+    low = (Vae().encode(enlarged(image, 4, 8)) - 0.0609) * 1.5305
+    whole = (torch.nn.functional.pad(x, (0, 1, 0, 1), mode="circular") for x in (noise, low))
+    prompts = [(c, extra["pooled_output"]) for ((c, extra),) in conds(SPEC)]
+    want = Port({**BASE, **CONTROL}).sample(*whole, [1.0, 0.0], prompts, 3.0)[..., :9, :13]
+    assert error(got, want) < 1e-5
 
 
 def test_strength_and_conv_scale(plain, adapter):

@@ -14,6 +14,7 @@ from tessera.nodes.control.apply_dit4sr import ApplyDit4sr
 from tessera.nodes.control.tiled_latents import TiledLatents
 from tessera.patching.control import ControlFeature
 from tessera.patching.dit4sr import enlarged
+from tessera.patching.forward import Part
 from tessera.patching.run import Run, attach, features_of
 from tessera.patching.tiles import Cut, TileFeature
 
@@ -132,6 +133,16 @@ def test_each_tile_gets_its_own_part_of_the_low_resolution_picture(adapter, orde
     assert error(job(RESTORED, noise)(patched), blended(made, PARTS, SIDES)) < 1e-5
 
 
+@pytest.mark.parametrize("tile", [16, 32])
+def test_a_prompt_for_a_part_would_get_the_wrong_part_of_the_low_resolution_picture(adapter, tile):
+    image, model = torch.rand(1, *(2 * n for n in SIDES), 3), model_of_base(base())
+    patched = tiled(run_node(ApplyDit4sr, model=model, adapter=adapter, image=image, vae=Vae())[0], tile)
+    (positive,), negative = conds(RESTORED)
+    there = [[positive[0], {**positive[1], "area": (18, 20, 2, 4), "strength": 1.0}]]
+    with pytest.raises(ValueError, match="picture of 20 x 28 in latent space, and the model is asked for 18 x 20"):
+        job(RESTORED, noise_of(*SIDES), positive=there, negative=negative)(patched)
+
+
 def test_a_prompt_for_a_part_of_the_picture_is_cut_within_it():
     model, spec = model_of("sd3")
     (positive,), negative = conds(spec)
@@ -167,7 +178,7 @@ def test_what_core_cuts_with_the_latent_is_cut_and_the_rest_is_whole():
     out, made = called(given)
     assert len(made) == 4 and (out - x).abs().max() < 1e-6
     args, kwargs, part = made[1]
-    assert part == (slice(0, 4), slice(4, 8))
+    assert part == Part(slice(0, 4), slice(4, 8), (8, 8))
     assert torch.equal(args[0], x[..., :4, 4:]) and torch.equal(kwargs["c_concat"], concat[..., :4, 4:])
     assert kwargs["c_crossattn"] is text and kwargs["transformer_options"] is options
 
