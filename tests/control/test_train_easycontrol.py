@@ -13,7 +13,7 @@ from tiny_specs import SPECS
 import comfy.model_management  # isort: skip
 import folder_paths  # isort: skip
 
-from tessera.methods.control.easycontrol import expected, fresh, read
+from tessera.methods.control.easycontrol import expected, fresh
 from tessera.methods.weight_files import read_weights
 from tessera.nodes.control.apply_easycontrol import ApplyEasycontrol
 from tessera.nodes.control.load_easycontrol import LoadEasycontrol
@@ -149,26 +149,3 @@ def test_a_patched_model_is_refused(folder):
     model, spec = model_of("flux")
     with pytest.raises(ValueError, match="plain MODEL, and this one has Taylor Cache"):
         trained(taylor(model), spec)
-
-
-def test_reading_names_what_is_wrong():
-    shapes = expected(1, 1, 8, 2)
-    whole = {key: torch.zeros(shape) for key, shape in shapes.items()}
-    key = "transformer_blocks.0.attn.processor.proj_loras.0.up.weight"
-    cases = [
-        ({**whole, "transformer_blocks.0.attn.extra": torch.zeros(1)}, "attn.extra"),
-        ({k: v for k, v in whole.items() if k != key}, "lacks transformer_blocks.0.attn.processor.proj_loras"),
-        ({**whole, key: torch.zeros(8, 3)}, "down of rank 2 and an up of rank 3"),
-        ({**whole, key: torch.zeros(9, 2)}, r"\[9, 2\]"),
-        (
-            {**whole, "single_transformer_blocks.0.attn.processor.proj_loras.0.up.weight": torch.zeros(8, 2)},
-            "proj_loras",
-        ),
-        ({}, "no LoRA at all"),
-    ]
-    for tensors, words in cases:
-        with pytest.raises(ValueError, match=words):
-            read(tensors, "x.safetensors", {})
-    with pytest.raises(ValueError, match="holds the conditions 0"):
-        read(whole, "x.safetensors", {}, 1)
-    assert read(whole, "subject.safetensors", {}).subject
