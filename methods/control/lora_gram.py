@@ -45,7 +45,7 @@ def features(delta: Delta, rows: torch.Tensor) -> Delta:
     ones = x.new_full((1, len(rows)), len(rows) ** -0.5)
     low = [Factors(b.flatten()[:, None], ones) for b in bias if isinstance(b, torch.Tensor)]
     low += [Factors(piece.up, piece.down @ x) for piece in weight if isinstance(piece, Factors)]
-    made: list[Piece] = [piece.flatten(1) @ x for piece in weight if isinstance(piece, torch.Tensor)]
+    made: list[torch.Tensor] = [piece.flatten(1) @ x for piece in weight if isinstance(piece, torch.Tensor)]
     if not made:
         return {"output": joined(low)} if low else {}
     return {"output": sum((f.up @ f.down for f in low), made[0])}
