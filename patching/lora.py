@@ -89,13 +89,33 @@ def _shape(model: Any, key: Key) -> list[int]:
 
 def _check(name: str, model: Any, key: Key, patch: Any) -> None:
     """Core logs a wrong shape and goes on without that layer."""
-    if not isinstance(patch, comfy.weight_adapter.LoRAAdapter) or patch.weights[3] is not None or patch.weights[5]:
-        return
-    (up, down), shape = patch.weights[:2], _shape(model, key)
-    if up.flatten(1).shape[1] != down.shape[0] or up.shape[0] * down[0].numel() != math.prod(shape):
+    size, shape = _size(patch), _shape(model, key)
+    if size is not None and size != math.prod(shape):
+        parts = patch.weights if isinstance(patch, comfy.weight_adapter.WeightAdapterBase) else patch[1]
+        held = " x ".join(str([*part.shape]) for part in parts if isinstance(part, torch.Tensor))
         raise ValueError(
-            f"{name}: {[*up.shape]} x {[*down.shape]} does not fit {tensor_of(key)} {shape}. Take a LoRA of the same base model."
+            f"{name}: {held} does not fit {tensor_of(key)} {shape}. Take a LoRA of the same base model, undamaged."
         )
+
+
+def _size(patch: Any) -> int | None:
+    """How many numbers it adds to; 0 where its own tensors do not fit each other, None where that is not told by shapes."""
+    if not isinstance(patch, comfy.weight_adapter.WeightAdapterBase):
+        return patch[1][0].numel() if patch[0] in ("diff", "set") else None
+    w = patch.weights
+    if patch.name == "lora" and w[3] is None and not w[5]:
+        return w[0].shape[0] * w[1][0].numel() if w[0].flatten(1).shape[1] == w[1].shape[0] else 0
+    if patch.name == "loha" and w[5] is None:
+        fits = all(a.shape[1] == b.shape[0] for a, b in ((w[0], w[1]), (w[3], w[4])))
+        sizes = {a.shape[0] * b[0].numel() for a, b in ((w[0], w[1]), (w[3], w[4]))}
+        return sizes.pop() if fits and len(sizes) == 1 else 0
+    if patch.name == "lokr" and w[7] is None:
+        parts = [
+            one.numel() if one is not None else a.shape[0] * b.shape[1]
+            for one, a, b in ((w[0], *w[3:5]), (w[1], *w[5:7]))
+        ]
+        return math.prod(parts)
+    return None
 
 
 def fixed(patch: Any) -> bool:

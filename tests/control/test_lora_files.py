@@ -91,14 +91,25 @@ def test_a_lora_that_makes_a_layer_larger(loras):  # noqa: F811
     assert stack(model, names, orthogonalize="all")[2]["layers"][0]["factors"] == [1.0, 1.0]
 
 
-def test_an_adapter_of_another_shape_is_refused(loras):  # noqa: F811
+SHORT = {
+    "loha": "hada_w1_a",
+    "lokr": "lokr_w2",
+    "diff": "diff",
+    "dora": "lora_up.weight",
+    "glora": "b1.weight",
+    "oft": "oft_blocks",
+}
+
+
+@pytest.mark.parametrize("kind", SHORT)
+def test_an_adapter_of_another_shape_is_refused(loras, kind):  # noqa: F811
     """Core logs it and goes on without the layer."""
     model = model_of("flux")[0]
-    held = other("loha", model, PLACE), other("locon", model, PLACE, 1)
-    held[0][f"{PLACE}.hada_w1_a"] = held[0][f"{PLACE}.hada_w1_a"][:-4]
+    held = other(kind, model, PLACE), other("locon", model, PLACE, 1)
+    held[0][f"{PLACE}.{SHORT[kind]}"] = held[0][f"{PLACE}.{SHORT[kind]}"][:-1]
     names = {f"lora_{i + 1}": loras(f"{i}.safetensors", one) for i, one in enumerate(held)}
     with pytest.raises(ValueError, match=r"double_blocks.0.img_mlp.0.weight \[512, 128\]"):
-        stack(model, names)
+        run_node(LoraOrthogonalityReport, model=model, **names)
 
 
 def test_the_same_lora_twice_is_told(loras):  # noqa: F811

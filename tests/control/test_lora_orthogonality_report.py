@@ -100,6 +100,12 @@ def test_the_panel_tells_pairs_and_norms(loras, three):  # noqa: F811
     assert not model.patches, "the MODEL is left as it is"
 
 
+def test_one_alone_tells_its_norms(loras, three):  # noqa: F811
+    heat_map, _, told = report(model_of("flux")[0], loras("a.safetensors", three[0]))
+    assert told["pairs"] == [] and len(told["layers"]) == 2 and heat_map.shape[3] == 3
+    assert all(row["norms"][0] > 0 and row["cosines"] == [[1.0]] for row in told["layers"])
+
+
 def test_nothing_chosen():
     with pytest.raises(ValueError, match="choose at least one"):
         report(model_of("flux")[0])
