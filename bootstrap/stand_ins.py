@@ -41,6 +41,7 @@ OLD = {"_class_name": "Transformer2DModel", "num_attention_heads": 2, "attention
 BETAS = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear",
          "prediction_type": "epsilon"}  # fmt: skip
 VAE = {"_class_name": "AutoencoderKL", "latent_channels": 4}
+DYNAMICTRL = "DynamiCtrl/transformer"
 CONFIGS: dict[str, dict[str, Any]] = {  # as the releases name class and entries, in small sizes
     f"{PIXART}/transformer/config.json": {
         **OLD, "norm_type": "ada_norm_single", "sample_size": 128, "cross_attention_dim": 32, "caption_channels": 96,
@@ -51,6 +52,7 @@ CONFIGS: dict[str, dict[str, Any]] = {  # as the releases name class and entries
     f"{DIT}/transformer/config.json": {**OLD, "norm_type": "ada_norm_zero", "sample_size": 32, "cross_attention_dim": None},
     f"{DIT}/scheduler/scheduler_config.json": {"_class_name": "DDIMScheduler", **BETAS},
     f"{DIT}/vae/config.json": {**VAE, "scaling_factor": 0.18215},
+    f"{DYNAMICTRL}/config.json": {"_class_name": "DynamiCtrlTransformerModel", "sample_height": 60, "sample_width": 90},
 }  # fmt: skip
 
 
@@ -141,6 +143,21 @@ def pickled(tensors: Tensors, path: Path) -> None:
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
 
 
+def dynamictrl(module: Any) -> Tensors:
+    """module: the pack's methods.control.dynamictrl."""
+    return random(module.expected(module.Sizes(dim=128, time=64, layers=2, text=96, joined=False)))
+
+
+def video_vae() -> Tensors:
+    """Core's smallest VAE that joins frames by fours."""
+    from comfy.ldm.wan.vae import WanVAE
+
+    made = WanVAE(dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, temperal_downsample=[False, True, True])
+    shapes = {key: tuple(value.shape) for key, value in made.state_dict().items()}
+    weights = random({key: shape for key, shape in shapes.items() if not key.endswith(("gamma", "bias"))})
+    return {key: weights.get(key, torch.full(shape, float(key.endswith("gamma")))) for key, shape in shapes.items()}
+
+
 def gguf_file(tensors: Tensors, path: Path) -> None:
     """As ComfyUI-GGUF's converter writes FLUX: matrices in Q8_0, the rest in F32."""
     writer = GGUFWriter(str(path), "flux")
@@ -176,6 +193,10 @@ def write(needs: list[dict[str, str]], models: Path, pack: Any) -> None:
         "hunyuan_video_t2v_720p_bf16.safetensors": lambda _: state_dict(SPECS["hunyuan_video"]),
         "llava_llama3_fp8_scaled.safetensors": lambda _: {},
         "hunyuan_video_vae_bf16.safetensors": lambda _: taesd(16),
+        f"{DYNAMICTRL}/diffusion_pytorch_model.safetensors": lambda _: dynamictrl(
+            import_module(f"{control}.dynamictrl")
+        ),
+        "CogVideoX/diffusion_pytorch_model.safetensors": lambda _: video_vae(),
         "LinFusion-1-5/diffusion_pytorch_model.safetensors": lambda folder: linfusion(
             import_module(f"{methods}.linfusion"), folder
         ),

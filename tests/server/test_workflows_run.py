@@ -17,6 +17,7 @@ TWINS = sorted((ROOT / "workflows/api").glob("*.json"))
 NEEDING = {  # templates on official weights: width of the stand-in's conditioning, of its pooled vector, and what is told
     "load_clear_weights": (96, 64, {"Load CLEAR Weights": "radius 16, down_factor 4", "Local Window Attention": "served 8 of 8"}),
     "apply_easycontrol": (96, 64, {"Apply EasyControl": "1,024 condition tokens, 1 passes for 2 calls"}),
+    "apply_pose_control": (96, 0, {"Apply Pose Control": "pose in 2 calls of the model, 2 chains computed"}),
     "load_quantized_model": (96, 64, {"Taylor Cache": "forecast 1 of 2 evaluations"}),
     "load_linfusion": (768, 0, {"Load LinFusion": "self-attention calls linear, in 7 modules"}),
     "load_diffusers_model": (96, 0, {"Taylor Cache": "forecast 1 of 2 evaluations"}),
