@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,9 @@ from tiny_specs import SPECS, Spec
 
 use_comfyui()
 
+import comfy.ops
+import comfy.utils
+from comfy.ldm.flux.controlnet import ControlNetFlux
 from comfy.taesd.taesd import TAESD
 
 FLUX, SD3 = SPECS["flux"], SPECS["sd3"]
@@ -89,6 +94,38 @@ def dit4sr(module: Any) -> Tensors:
     """Control tensors alone. module: the pack's methods.control.dit4sr."""
     depth, dual = SD3.arguments["depth"], frozenset(SD3.arguments["x_block_self_attn_layers"])
     return random(module.control_keys(module.Sizes(depth, dual, 64 * depth)))
+
+
+def pixart() -> Tensors:
+    """PixArt-alpha of its own width, which its detection fixes, and of as few blocks as RelaCtrl stands between. They pass
+    on what they get, in fp8: half a gigabyte."""
+    spec = SPECS["pixart"]
+    spec = replace(spec, arguments=dict(spec.arguments, depth=1, micro_condition=True))
+    made = state_dict(spec)
+    first = {key: value for key, value in made.items() if key.startswith("blocks.0.")}
+    for i, (key, value) in product(range(21), first.items()):
+        made[key.replace("blocks.0.", f"blocks.{i}.")] = torch.zeros(value.shape, dtype=torch.float8_e4m3fn)
+    return made
+
+
+def relactrl(module: Any) -> Tensors:
+    """Control tensors alone. module: the pack's methods.control.relactrl_keys."""
+    return random(module.expected(1152, (6, 2, 6, 4, 2, 2, 4, 4, 6, 6, 6)))
+
+
+def instantx(blocks: int = 3) -> Tensors:
+    """A ControlNet of FLUX's double blocks under diffusers' names, as InstantX and Shakker-Labs release them."""
+    sizes = {**FLUX.arguments, "depth": blocks, "depth_single_blocks": 0}
+    net = ControlNetFlux(
+        latent_input=True, operations=comfy.ops.disable_weight_init, dtype=torch.bfloat16, device="meta", **sizes
+    )
+    own = random({key: tuple(value.shape) for key, value in net.state_dict().items()})
+    made = {key: value for key, value in own.items() if key.startswith("controlnet_blocks")}
+    for key, place in comfy.utils.flux_to_diffusers(sizes).items():
+        target, *part = (place,) if isinstance(place, str) else place
+        if target in own:
+            made[key] = (own[target].narrow(*part[0]) if part and part[0] is not None else own[target]).clone()
+    return made
 
 
 def clear(module: Any, down: int = 4) -> Tensors:
@@ -187,6 +224,9 @@ def write(needs: list[dict[str, str]], models: Path, pack: Any) -> None:
         "sd3.5_medium_incl_clips_t5xxlfp8scaled.safetensors": lambda _: sd3(),
         "dit4sr_q/diffusion_pytorch_model.safetensors": lambda _: dit4sr(import_module(f"{control}.dit4sr")),
         "clear_local_16_down_4.safetensors": lambda _: clear(import_module(f"{methods}.clear_weights")),
+        "PixArt-XL-2-1024-MS/diffusion_pytorch_model.safetensors": lambda _: pixart(),
+        "relactrl_pixart_canny_1024.pth": lambda _: relactrl(import_module(f"{control}.relactrl_keys")),
+        "FLUX.1-dev-ControlNet-Union-Pro-2.0/diffusion_pytorch_model.safetensors": lambda _: instantx(),
         "canny.safetensors": lambda _: easycontrol(import_module(f"{pack.__name__}.methods.control.easycontrol")),
         "art_lora_comfy_converted.safetensors": lambda _: lora(1),
         "realism_lora_comfy_converted.safetensors": lambda _: lora(2),
@@ -214,7 +254,7 @@ def write(needs: list[dict[str, str]], models: Path, pack: Any) -> None:
             gguf_file(state_dict(FLUX), path)
         elif path.suffix == ".json":
             path.write_text(json.dumps(CONFIGS[weight["name"]]))
-        elif path.suffix == ".bin":
+        elif path.suffix in (".bin", ".pth"):
             pickled(makers[weight["name"]](path.parent), path)
         else:
             safetensors.torch.save_file(makers[weight["name"]](path.parent), str(path))
