@@ -2,6 +2,7 @@
 that need not be computed then. Nothing of a control net's forward is repeated here."""
 
 import copy
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -113,9 +114,14 @@ def select(net: Any, selection: Selection) -> Any:
             f"{kind.__name__} merges its residuals in its own way, so single ones cannot be left out. Load the ControlNet with "
             "ComfyUI's own Load ControlNet Model."
         )
-    net.__class__ = type(f"Selecting{kind.__name__}", (Selecting, kind), {})
+    net.__class__ = _selecting(kind)
     net.tessera_selection = selection
     return net
+
+
+@functools.cache
+def _selecting(kind: type) -> type:
+    return type(f"Selecting{kind.__name__}", (Selecting, kind), {})
 
 
 # Blocks of a control net -------------------------------------------------------------------------------------------

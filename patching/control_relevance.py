@@ -174,8 +174,8 @@ def _chart(made: Relevance) -> torch.Tensor:
     layers = made["layers"]
     title = [
         f"{made['control_net']}: change in {made['metric']} without one residual",
-        f"without control {made['without_control']:.4g}; colour is the share of the largest",
-        "a stand-in without labels for the paper's FID and edge ranks",
+        f"without control {made['without_control']:.4g}, cells are shares of the largest",
+        "a stand-in without labels for the FID and edge ranks of RelaCtrl",
     ]
     return chart(title, *([layer[key] for layer in layers] for key in ("residuals", "scores", "rank")))
 
