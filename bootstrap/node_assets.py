@@ -18,6 +18,7 @@ from pack import ROOT
 from schema_lock import broken, slice_of
 from thumbnail import QUALITY, save_thumbnail
 
+TIME = 3600  # s for one template: some train
 WORKFLOWS, SCHEMAS, CATALOGUE = ROOT / "workflows", ROOT / "tests/golden/schemas.json", ROOT / "docs/catalogue.md"
 
 
