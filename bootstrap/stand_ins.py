@@ -225,7 +225,7 @@ def write(needs: list[dict[str, str]], models: Path, pack: Any) -> None:
         "dit4sr_q/diffusion_pytorch_model.safetensors": lambda _: dit4sr(import_module(f"{control}.dit4sr")),
         "clear_local_16_down_4.safetensors": lambda _: clear(import_module(f"{methods}.clear_weights")),
         "PixArt-XL-2-1024-MS/diffusion_pytorch_model.safetensors": lambda _: pixart(),
-        "relactrl_pixart_canny_1024.pth": lambda _: relactrl(import_module(f"{control}.relactrl_keys")),
+        "RelaCtrl/relactrl_pixart_canny_1024.pth": lambda _: relactrl(import_module(f"{control}.relactrl_keys")),
         "FLUX.1-dev-ControlNet-Union-Pro-2.0/diffusion_pytorch_model.safetensors": lambda _: instantx(),
         "canny.safetensors": lambda _: easycontrol(import_module(f"{pack.__name__}.methods.control.easycontrol")),
         "art_lora_comfy_converted.safetensors": lambda _: lora(1),
