@@ -104,16 +104,18 @@ class PoseFeature(ControlFeature):
         )  # rows of a batch share their timestep; else each has its own
         one = temb[:1] if alike else temb
         rows = 1 if alike and self._latent().shape[0] == 1 else base.shape[0]
-        key = (forward.keys[0].window, rows, base.dtype, base.device)
+        window = forward.options.get("context_window")
+        frames = (forward.keys[0].window, getattr(window, "causal_anchor_index", None))
+        key = (frames, rows, base.dtype, base.device)
         had = state.chain
         if self.cache and alike and had is not None and had.key == key and _same_embedding(had.temb, one):
             return had
         return self._begun(state, forward, key, one, base)
 
     def _begun(self, state: PoseState, forward: Any, key: tuple, temb: torch.Tensor, base: torch.Tensor) -> Chain:
-        window, rows = key[:2]
         if state.start is None or state.start[0] != key:
-            latent = self._latent() if window is None else self._latent()[:, :, list(window)]
+            window, rows = forward.options.get("context_window"), key[1]
+            latent = self._latent() if window is None else window.get_tensor(self._latent(), dim=2)
             if latent.shape[2:] != forward.x.shape[2:]:
                 self._same(tuple(forward.x.shape[2:]))
             if rows > 1:

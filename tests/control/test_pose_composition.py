@@ -4,6 +4,7 @@ import gc
 import weakref
 from dataclasses import replace
 
+import comfy_extras.nodes_context_windows as windows
 import folder_paths
 import pytest
 import torch
@@ -35,6 +36,25 @@ def test_beside_attention_nodes_and_caches():
             job(cached)
         full = sum(d["kind"] == "full" for d in facts(cached)["decisions"])
         assert min(watch.each) == full < 6 and facts(cached, NAME)["steps"] <= 2 * 6
+
+
+@pytest.mark.parametrize("fix", [False, True])
+def test_each_context_window_sees_its_own_frames(fix):
+    """Without an overlap: what each half of the video gives with its half of the pose. With core's fix, which puts one
+    frame before a window, the pose has that frame too."""
+    model, _ = loaded()
+    whole, noise = pose(size=(6, *SAMPLE)), torch.randn(1, 16, 6, *SAMPLE, generator=torch.Generator().manual_seed(5))
+    settings = {"context_length": 3, "context_overlap": 0, "dim": 2, "causal_window_fix": fix, "freenoise": False}
+    cut = run_node(windows.ContextWindowsManualNode, model=posed(model, whole), **settings)[0]
+    got = Job(spec(), sigmas=SIGMAS[3:], noise=noise, latent=torch.zeros_like(noise))(cut)
+    halves = [slice(0, 3)] if fix else [slice(0, 3), slice(3, 6)]
+    assert torch.isfinite(got).all()
+    for half in halves:
+        part = {"samples": whole["samples"][:, :, half]}
+        want = Job(spec(), sigmas=SIGMAS[3:], noise=noise[:, :, half], latent=torch.zeros(1, 16, 3, *SAMPLE))(
+            posed(model, part)
+        )
+        assert error(got[:, :, half], want) < 1e-5
 
 
 def test_between_the_loader_and_the_pose_the_model_may_be_quantized(tmp_path, monkeypatch):
