@@ -74,6 +74,16 @@ class EasyControlFeature(ControlFeature, NetworkFeature):
             raise ValueError(f"{self.name} works on FLUX.1, and this MODEL is FLUX.2. Load FLUX.1-dev.")
         sizes = len(diffusion_model.double_blocks), len(diffusion_model.single_blocks), diffusion_model.hidden_size
         fits(self.weights, *sizes)
+        self._takes(diffusion_model.params.in_channels)
+
+    def _takes(self, channels: int) -> None:
+        """ValueError where the network is given more than the latent."""
+        own = self.condition().shape[1]
+        if channels != own:
+            raise ValueError(
+                f"{self.name} has a condition of {own} channels, and this MODEL takes {channels}: FLUX.1 Fill, Canny or Depth, or "
+                "one of their LoRA. Use FLUX.1-dev without them."
+            )
 
     def conflicts(self, other: Feature) -> str | None:
         if isinstance(other, KeyFeature):
@@ -93,6 +103,7 @@ class EasyControlFeature(ControlFeature, NetworkFeature):
         if not self.acts(forward.run):
             state.calls["idle"] += 1
             return options
+        self._takes(forward.x.shape[1])
         rotations = self._rotations(state, forward, options)
         held = [self._held(state, forward, i, rotations) for i in range(len(forward.keys))]
         rows, log_strength = forward.x.shape[0], math.log(self.strength)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .. import archs
-from ..kernels.attention.segment_bias import segment_bias
+from ..kernels.attention.segment_bias import MOST, segment_bias
 from ..methods.attention.call import AttentionCall
 from .convention import NAMES
 
@@ -81,7 +81,8 @@ def with_mask(args: Any, kwargs: dict[str, Any], mask: torch.Tensor) -> tuple[An
 def served(forward, call: AttentionCall, pack: Callable, earlier: Callable | None) -> Callable | None:
     """On a GPU the dense call, not yet biased, without a mask of queries and keys; None where another pack's override or a
     mask of the model's own has to be heeded, or torch does as well."""
-    if earlier is not None or call.q.device.type != "cuda" or call.mask is not None:
+    crowded = len(forward.extra_keys) >= MOST
+    if earlier is not None or call.q.device.type != "cuda" or call.mask is not None or crowded:
         return None
     own = call.k.shape[2] - count(forward, call.q.shape[2], call.k.shape[2])
     ends = list(accumulate([own, *(e.tokens for e in forward.extra_keys)]))
