@@ -217,7 +217,7 @@ def _members(forward: Forward, pictures: int) -> tuple[int, ...]:
 
 def _hooks(run: Any) -> tuple[Any, ...]:
     """Core's LoRA hooks that are on the weights now; a keyframe changes their strength between steps."""
-    group = getattr(run.model.current_patcher, "current_hooks", None)
+    group = getattr(getattr(run.model, "current_patcher", None), "current_hooks", None)
     return tuple((hook.hook_ref, hook.strength) for hook in group.hooks) if group else ()
 
 
