@@ -35,6 +35,23 @@ class Whole:
         return Answer(out, 1.0, 1.0)
 
 
+def test_a_plan_that_turns_keys_back_is_told_all_rotations():
+    model, spec = model_of("flux")
+    told = []
+
+    class Turning(Whole):
+        wants_rotation = True
+
+        def attend(self, state, call):
+            told.append((call.forward.rotation.shape[2], call.k.shape[2]))
+            return super().attend(state, call)
+
+    both = applied(applied(model), 2)
+    planned = attach(both, AttentionFeature(None, "Whole", method=Turning(), min_tokens=0))
+    assert error(Job(spec, steps=1)(planned), Job(spec, steps=1)(both)) < 1e-5
+    assert told == [(10 + 24 + 2 * 12,) * 2] * 4
+
+
 @pytest.mark.parametrize("strength", [1.0, 0.6])
 def test_a_plan_is_given_the_condition_as_tokens_like_text(strength):
     model, spec = model_of("flux")
