@@ -50,7 +50,7 @@ def network(width: int, blocks: list[int], device: str):
 class Told:
     """What the patch tells the dispatcher of."""
 
-    plain_mask = True
+    rotation = None
 
 
 def measure(net, side: int, conditions: int, rounds: int) -> dict[str, float]:

@@ -233,10 +233,10 @@ def _dispatcher(forward, plans: list[AttentionFeature], earlier: Callable | None
             return rest()
         queries = call.q.shape[2]
         if extra_keys.biases(forward, call):
-            call = extra_keys.biased(forward, call)
+            quick, call = extra_keys.served(forward, call, pack, earlier), extra_keys.biased(forward, call)
             args, kwargs = extra_keys.with_mask(args, kwargs, call.mask)
             dense = functools.partial(_rest, forward, earlier, func, *args, **kwargs)
-            rest = extra_keys.served(forward, call, pack, earlier) or dense
+            rest = quick or dense
         call = extra_keys.widened(call) if plans else call
         for plan in plans:
             state = forward.run.states[plan]

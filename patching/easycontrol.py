@@ -10,7 +10,7 @@ import torch
 from ..methods.control.easycontrol import EasyControlWeights, fits
 from ..methods.control.held_keys import Held, hold
 from .attention_around import KeyFeature
-from .control import ControlFeature, spread
+from .control import ControlFeature
 from .easycontrol_pass import Key, appending, keys_and_values, positions_of
 from .extra_keys import ExtraKeys
 from .forward import Forward, NetworkFeature, StreamKey
@@ -22,10 +22,25 @@ CACHES, DTYPES = ("step_invariant", "recompute"), ("auto", "fp8_e4m3")
 
 
 @dataclass
+class Kept:
+    """Keys and values of one stream, and what they were made with: its y and guidance, the LoRA hooks of its prompt with
+    their strengths."""
+
+    pairs: dict[Key, tuple[Held, Held]]
+    inputs: dict[str, torch.Tensor]
+    hooks: tuple[Any, ...]
+
+    def fits(self, inputs: dict[str, torch.Tensor], hooks: tuple[Any, ...]) -> bool:
+        """Hooks may follow keyframes, and other packs' wrappers may change inputs between steps."""
+        same = self.hooks == hooks and self.inputs.keys() == inputs.keys()
+        return same and all(torch.equal(self.inputs[name], inputs[name]) for name in inputs)
+
+
+@dataclass
 class EasyControlState:
     """One run."""
 
-    held: dict[Any, dict[Key, tuple[Held, Held]]] = field(default_factory=dict)  # by stream
+    held: dict[Any, Kept] = field(default_factory=dict)  # by stream
     rotations: dict[Any, torch.Tensor] = field(
         default_factory=dict
     )  # of the condition's tokens, by size of the picture
@@ -59,6 +74,16 @@ class EasyControlFeature(ControlFeature, NetworkFeature):
             raise ValueError(f"{self.name} works on FLUX.1, and this MODEL is FLUX.2. Load FLUX.1-dev.")
         sizes = len(diffusion_model.double_blocks), len(diffusion_model.single_blocks), diffusion_model.hidden_size
         fits(self.weights, *sizes)
+        self._takes(diffusion_model.params.in_channels)
+
+    def _takes(self, channels: int) -> None:
+        """ValueError where the network is given more than the latent."""
+        own = self.condition().shape[1]
+        if channels != own:
+            raise ValueError(
+                f"{self.name} has a condition of {own} channels, and this MODEL takes {channels}: FLUX.1 Fill, Canny or Depth, or "
+                "one of their LoRA. Use FLUX.1-dev without them."
+            )
 
     def conflicts(self, other: Feature) -> str | None:
         if isinstance(other, KeyFeature):
@@ -78,6 +103,7 @@ class EasyControlFeature(ControlFeature, NetworkFeature):
         if not self.acts(forward.run):
             state.calls["idle"] += 1
             return options
+        self._takes(forward.x.shape[1])
         rotations = self._rotations(state, forward, options)
         held = [self._held(state, forward, i, rotations) for i in range(len(forward.keys))]
         rows, log_strength = forward.x.shape[0], math.log(self.strength)
@@ -86,9 +112,8 @@ class EasyControlFeature(ControlFeature, NetworkFeature):
         state.calls["served"] += 1
         self._note(state, forward, rotations.shape[2])
         patches = options.get("patches", {})
-        before = len(forward.extra_keys) - 1  # conditions in order, then what other packs have there
-        chain = [*patches.get("attn1_patch", ())]
-        return {**options, "patches": {**patches, "attn1_patch": [*chain[:before], patch, *chain[before:]]}}
+        chain = [*patches.get("attn1_patch", ()), patch]  # other packs' patches see the picture's own keys
+        return {**options, "patches": {**patches, "attn1_patch": chain}}
 
     def _rotations(self, state: EasyControlState, forward: Forward, options: dict[str, Any]) -> torch.Tensor:
         """Of the condition's tokens [1, 1, Nc, D / 2, 2, 2], by the embedder that the picture has in this run."""
@@ -102,25 +127,31 @@ class EasyControlFeature(ControlFeature, NetworkFeature):
 
     def _held(self, state: EasyControlState, forward: Forward, number: int, rotations: torch.Tensor):
         """Keys and values for one stream, from the run's cache where they are."""
-        stream = _identity(forward.keys[number])
-        if self.cache == "recompute":
-            return self._compute(state, forward, number, rotations)
-        if stream not in state.held:
-            state.held[stream] = self._compute(state, forward, number, rotations)
-            state.bytes = sum(part.bytes for entry in state.held.values() for pair in entry.values() for part in pair)
-        return state.held[stream]
-
-    def _compute(self, state: EasyControlState, forward: Forward, number: int, rotations: torch.Tensor):
-        streams = len(forward.keys)
-        pictures = forward.x.shape[0] // streams
+        pictures = forward.x.shape[0] // len(forward.keys)
         at = slice(number * pictures, (number + 1) * pictures)
         given = {n: t[at] for n, t in forward.inputs.items() if isinstance(t, torch.Tensor) and n in INPUTS}
+        if self.cache == "recompute":
+            return self._compute(state, forward, given, rotations)
+        told, hooks = {n: t for n, t in given.items() if n in TOLD}, _hooks(forward.run)
+        stream = _identity(forward.keys[number], _members(forward, pictures) if len(self.condition()) > 1 else None)
+        if stream not in state.held or not state.held[stream].fits(told, hooks):
+            state.held.pop(stream, None)
+            made = self._compute(state, forward, given, rotations)
+            state.held[stream] = Kept(made, told, hooks)
+            held = [pair for kept in state.held.values() for pair in kept.pairs.values()]
+            state.bytes = max(state.bytes, sum(part.bytes for pair in held for part in pair))
+        return state.held[stream].pairs
+
+    def _compute(
+        self, state: EasyControlState, forward: Forward, given: dict[str, torch.Tensor], rotations: torch.Tensor
+    ):
+        """For the rows of one stream; given: what the network gets for them."""
         latent = self.condition()
-        alike = all(bool((t == t[:1]).all()) for n, t in given.items() if n in ("y", "guidance"))
+        alike = all(bool((t == t[:1]).all()) for n, t in given.items() if n in TOLD)
         if latent.shape[0] == 1 and alike:
             given = {n: t[:1] for n, t in given.items()}
         else:
-            latent = spread(latent, pictures, 1)
+            latent = latent[[i % len(latent) for i in _members(forward, len(given["context"]))]]
         latent = latent.to(forward.x)
         made = keys_and_values(forward.diffusion_model, latent, given, rotations, self.weights, self.lora_scale)
         state.calls["passes"] += 1
@@ -165,12 +196,29 @@ class EasyControlFeature(ControlFeature, NetworkFeature):
         return told
 
 
-INPUTS = ("context", "y", "guidance", "timestep")
+TOLD = ("y", "guidance")  # what the condition's pass depends on
+INPUTS = ("context", *TOLD, "timestep")
 
 
-def _identity(stream: StreamKey) -> Any:
+def _identity(stream: StreamKey, members: tuple[int, ...] | None) -> Any:
     """Whose rows these are; the same condition met twice in an evaluation has the same prompt."""
-    return stream.role, stream.uuid, stream.shape, stream.device
+    return stream.role, stream.uuid, stream.shape, stream.device, members
+
+
+def _members(forward: Forward, pictures: int) -> tuple[int, ...]:
+    """Which pictures of the batch a call computes: core's context windows may cut the batch."""
+    window = forward.options.get("context_window")
+    if getattr(window, "dim", None) != 0:
+        return tuple(range(pictures))
+    anchor = getattr(window, "causal_anchor_index", None)
+    found = (*((anchor,) if anchor is not None and anchor >= 0 else ()), *window.index_list)
+    return found if len(found) == pictures else tuple(range(pictures))
+
+
+def _hooks(run: Any) -> tuple[Any, ...]:
+    """Core's LoRA hooks that are on the weights now; a keyframe changes their strength between steps."""
+    group = getattr(getattr(run.model, "current_patcher", None), "current_hooks", None)
+    return tuple((hook.hook_ref, hook.strength) for hook in group.hooks) if group else ()
 
 
 def _rows(pairs: list[tuple[Held, Held]], rows: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -133,7 +133,8 @@ def appending(forward, held: Callable[[Key], Pair], rotations: torch.Tensor):
             "v": torch.cat([v, more_v.to(v.dtype)], 2),
             "pe": torch.cat([pe, rotations.to(pe).expand(pe.shape[0], *rotations.shape[1:])], 2),
         }
-        forward.plain_mask = attn_mask is None
+        if forward.rotation is not None:  # told before, of the picture's own tokens
+            forward.rotation = out["pe"]
         if attn_mask is not None:
             out["attn_mask"] = F.pad(attn_mask, (0, more_k.shape[2]), value=attn_mask.dtype == torch.bool)
         return out

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .. import archs
-from ..kernels.attention.segment_bias import segment_bias
+from ..kernels.attention.segment_bias import MOST, segment_bias
 from ..methods.attention.call import AttentionCall
 from .convention import NAMES
 
@@ -26,7 +26,7 @@ class ExtraKeys:
 def count(forward, queries: int, keys: int) -> int:
     """Of the keys of a call those that were put there; 0 where none were."""
     extra = sum(e.tokens for e in forward.extra_keys)
-    return extra if keys == queries + extra else 0
+    return extra if keys >= queries + extra else 0  # more where another pack put some before them
 
 
 def layout(forward, kind, queries: int, keys: int, references: int) -> archs.Layout | None:
@@ -79,11 +79,12 @@ def with_mask(args: Any, kwargs: dict[str, Any], mask: torch.Tensor) -> tuple[An
 
 
 def served(forward, call: AttentionCall, pack: Callable, earlier: Callable | None) -> Callable | None:
-    """On a GPU the dense call without a mask of queries and keys; None where another pack's override or a mask of the model's
-    own has to be heeded, or torch does as well."""
-    if earlier is not None or call.q.device.type != "cuda" or not forward.plain_mask:
+    """On a GPU the dense call, not yet biased, without a mask of queries and keys; None where another pack's override or a
+    mask of the model's own has to be heeded, or torch does as well."""
+    crowded = len(forward.extra_keys) >= MOST
+    if earlier is not None or call.q.device.type != "cuda" or call.mask is not None or crowded:
         return None
-    own = call.q.shape[2]
+    own = call.k.shape[2] - count(forward, call.q.shape[2], call.k.shape[2])
     ends = list(accumulate([own, *(e.tokens for e in forward.extra_keys)]))
     bias = torch.tensor([[0.0, *(e.bias for e in forward.extra_keys)]], device=call.q.device).expand(len(call.q), -1)
     compute = functools.partial(segment_bias, call.q, call.k, call.v, ends, bias, call.scale)

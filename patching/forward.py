@@ -65,7 +65,6 @@ class Forward:
     inputs: dict[str, Any] = field(default_factory=dict)  # all that it was given, by name, where it has a wrapper
     appended: int = 0  # tokens that a feature has put behind the image's, as queries and keys of self-attention
     extra_keys: list[Any] = field(default_factory=list)  # ExtraKeys behind those of every call in the stack
-    plain_mask: bool = False  # whether the attention call that got them has no mask of the model's own
     part: Part | None = None  # of the picture that this call computes; None: all
     held: dict[Any, Any] = field(default_factory=dict)  # what features keep for this call, by feature
     covered: tuple[int, int, int] | None = None  # tokens that the image's positions reach over, where they were moved

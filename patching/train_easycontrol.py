@@ -19,6 +19,12 @@ NAME = "Train EasyControl"
 WARM_UP, LAST_RATE = 0.05, 0.1  # share of the steps; of the learning rate, at the end
 CLIP = 1.0  # norm of the gradient
 MARK = "tessera_prompt"
+WHOLE = {
+    "area": None,
+    "mask": None,
+    "start_percent": 0.0,
+    "end_percent": 1.0,
+}  # of a prompt for all of picture and steps
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ def pairs_of(model, targets: list[Any], conditions: list[Any], prompts: list[Any
                 f"{NAME} needs {name} of one size, got {sorted({tuple(x.shape[1:]) for x in part})}. Resize them."
             )
     counts = [len(x) for x in made], [len(x) for x in seen]
-    if sum(counts[0]) != sum(counts[1]):
+    if not sum(counts[0]) or sum(counts[0]) != sum(counts[1]):
         raise ValueError(f"{NAME} got {sum(counts[0])} targets and {sum(counts[1])} conditions. Give one for each.")
     if len(prompts) == 1:
         prompts = prompts * len(made)
@@ -63,12 +69,41 @@ def pairs_of(model, targets: list[Any], conditions: list[Any], prompts: list[Any
         )
     entries: list[Any] = []
     for prompt, count in zip(prompts, counts[0], strict=True):
+        prompt = _single(prompt, count)
         if len(prompt) not in (1, count):
             raise ValueError(
                 f"{NAME} got a prompt of {len(prompt)} entries for {count} targets. Give one, or one a target."
             )
         entries += [prompt[i if len(prompt) == count else 0] for i in range(count)]
     return Pairs(to_model(model, torch.cat(made), NAME), to_model(model, torch.cat(seen), NAME), entries)
+
+
+def _single(prompt: list[Any], count: int) -> list[Any]:
+    """A prompt whose one entry has a row for each of so many targets, as entries of one row."""
+    partial = [n for n, all_of_it in WHOLE.items() for _, extra in prompt if not _is(extra.get(n), all_of_it)]
+    if partial:
+        raise ValueError(
+            f"{NAME} takes prompts for the whole picture and all steps, and one has {partial[0]}. Connect it before that is set."
+        )
+    rows = {len(context) for context, _ in prompt}
+    if rows <= {1}:
+        return prompt
+    if len(prompt) > 1 or rows != {count}:
+        raise ValueError(
+            f"{NAME} got a prompt of {max(rows)} rows in one entry for {count} targets. Give one, or one a target."
+        )
+    context, extra = prompt[0]
+    return [
+        [
+            context[i : i + 1],
+            {n: v[i : i + 1] if torch.is_tensor(v) and len(v) == count else v for n, v in extra.items()},
+        ]
+        for i in range(count)
+    ]
+
+
+def _is(value: Any, wanted: Any) -> bool:
+    return value is None or (wanted is not None and value == wanted)
 
 
 @dataclass
@@ -86,6 +121,20 @@ class TrainedFeature(EasyControlFeature):
 
     def condition(self) -> torch.Tensor:
         return self.batch.conditions
+
+
+def _check_prompts(entries: list[dict[str, Any]]) -> None:
+    """ValueError where prompts cannot be rows of one call."""
+    first, *others = (entry["model_conds"] for entry in entries)
+    for other in others:
+        if first.keys() != other.keys() or not all(first[name].can_concat(other[name]) for name in first):
+            lengths = sorted({entry["model_conds"]["c_crossattn"].cond.shape[1] for entry in entries})
+            told = (
+                f"of {', '.join(map(str, lengths))} tokens"
+                if len(lengths) > 1
+                else "with unlike things beside the text"
+            )
+            raise ValueError(f"{NAME} got prompts {told}, which do not go into one batch. Set batch_size to 1.")
 
 
 def _joined(entries: list[dict[str, Any]]) -> dict[str, Any]:
@@ -109,6 +158,8 @@ class Trainer(comfy.samplers.Sampler):
 
     def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):  # fmt: skip
         entries = {entry[MARK]: entry for entry in model_wrap.conds["positive"]}
+        if self.settings.batch > 1:
+            _check_prompts([entry for number, entry in entries.items() if number >= 0])
         optimizer = torch.optim.AdamW(self.parameters, lr=self.settings.rate, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate)
         for _ in range(self.settings.steps):

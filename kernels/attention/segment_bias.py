@@ -84,7 +84,7 @@ def _own(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
 
 
 def _decoded(x8: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return (x8.float() * scale[..., None, None]).to(dtype)
+    return (x8.to(torch.promote_types(dtype, torch.float32)) * scale[..., None, None]).to(dtype)
 
 
 def _columns(at, segments: list[tuple[int, int]], k, v, k8, v8, k_scale, v_scale) -> list[torch.Tensor]:

@@ -170,3 +170,8 @@ def test_mismatches_are_named(device):
 def test_example(device):
     got = m.launch(*m.example(3, device, torch.bfloat16))
     assert got.shape == (1, 8, 3, 128) and got.isfinite().all()
+
+
+def test_fp64_decodes_appended_keys_in_fp64(device, error):
+    given, wide = appended(CASES[2], 90, device, torch.float64)
+    assert error(m.reference(*given), exact(*wide)) < 1e-13

@@ -190,3 +190,16 @@ def test_other_models_are_refused():
                 model_of(name)[0], samples=torch.zeros(1, model_of(name)[0].model.latent_format.latent_channels, 4, 4)
             )
         assert word in str(refused.value)
+
+
+def test_a_network_that_takes_a_second_latent_is_refused():
+    """A LoRA of FLUX.1 Canny or Depth widens the first layer; Fill, Canny and Depth have it so."""
+    model, spec = model_of("flux")
+    wide = model.clone()
+    wide.add_patches({"diffusion_model.img_in.weight": ("diff", (torch.zeros(128, 128), {"pad_weight": True}))})
+    with pytest.raises(ValueError, match=r"16 channels, and this MODEL takes 32: .* FLUX\.1-dev"):
+        Job(spec, steps=1, cfg=1.0)(applied(wide))
+    Job(spec, steps=1, cfg=1.0)(applied(wide, strength=0.0))
+    feature = applied(model).model_options["transformer_options"]["tessera_features"][0]
+    with pytest.raises(ValueError, match="this MODEL takes 96"):
+        feature._takes(96)

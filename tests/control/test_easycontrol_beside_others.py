@@ -35,6 +35,23 @@ class Whole:
         return Answer(out, 1.0, 1.0)
 
 
+def test_a_plan_that_turns_keys_back_is_told_all_rotations():
+    model, spec = model_of("flux")
+    told = []
+
+    class Turning(Whole):
+        wants_rotation = True
+
+        def attend(self, state, call):
+            told.append((call.forward.rotation.shape[2], call.k.shape[2]))
+            return super().attend(state, call)
+
+    both = applied(applied(model), 2)
+    planned = attach(both, AttentionFeature(None, "Whole", method=Turning(), min_tokens=0))
+    assert error(Job(spec, steps=1)(planned), Job(spec, steps=1)(both)) < 1e-5
+    assert told == [(10 + 24 + 2 * 12,) * 2] * 4
+
+
 @pytest.mark.parametrize("strength", [1.0, 0.6])
 def test_a_plan_is_given_the_condition_as_tokens_like_text(strength):
     model, spec = model_of("flux")
@@ -127,3 +144,42 @@ def test_token_and_step_caches_run_beside_it(node):
         got = Job(spec, **small)(patched)
         assert torch.isfinite(got).all() and error(got, alone) < 0.7
         assert facts(patched, NAME)["served"] > 0
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+@pytest.mark.parametrize("order", ["theirs first", "ours first"])
+def test_another_packs_keys_and_mask_do_not_move_the_strength(order, strength):
+    """Their patch adds 4 keys and masks the picture's queries and keys, which it finds in equal number."""
+    model, spec = model_of("flux")
+    seen, generator = set(), torch.Generator()
+
+    def theirs(q, k, v, pe=None, attn_mask=None, extra_options=None, **unknown):
+        seen.add((q.shape[2], k.shape[2]))
+        more = torch.randn(1, k.shape[1], 4, k.shape[3], generator=generator.manual_seed(extra_options["block_index"]))
+        more = more.expand(k.shape[0], -1, -1, -1)
+        mask = torch.zeros(1, 1, q.shape[2], q.shape[2] + 4)
+        mask[..., 3:9] = -4.0
+        keys, values = torch.cat([k, more], 2), torch.cat([v, more], 2)
+        return {"k": keys, "v": values, "pe": torch.cat([pe, pe[:, :, :4]], 2), "attn_mask": mask}
+
+    def patched(strength):
+        first = model.clone()
+        if order == "theirs first":
+            first.set_model_attn1_patch(theirs)
+        last = applied(applied(first, strength=strength), 2)
+        if order == "ours first":
+            last.set_model_attn1_patch(theirs)
+        return last
+
+    biases = []
+
+    def answer(func, q, k, v, heads, mask=None, **kwargs):
+        biases.append(mask[..., -24:].amax((0, 1, 2)))
+        return func(q, k, v, heads, mask=mask, **kwargs)
+
+    told = patched(strength)
+    told.model_options["transformer_options"]["optimized_attention_override"] = answer
+    Job(spec, steps=1, cfg=1.0)(told)
+    want = torch.tensor([strength] * 12 + [1.0] * 12).log()
+    inside = [bias for bias in biases if bias.shape == want.shape]
+    assert seen == {(34, 34)} and len(inside) == 4 and all(torch.allclose(bias, want) for bias in inside)

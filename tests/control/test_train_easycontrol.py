@@ -46,6 +46,12 @@ def latents(count, seed, h=8, w=8):
     return {"samples": torch.randn(count, 16, h, w, generator=torch.Generator().manual_seed(seed))}
 
 
+def prompt(tokens, rows=1, seed=1, **extra):
+    generator = torch.Generator().manual_seed(seed)
+    pooled = torch.randn(rows, 64, generator=generator)
+    return [torch.randn(rows, tokens, 96, generator=generator), {"pooled_output": pooled, **extra}]
+
+
 def trained(model, spec, **inputs):
     given = {"targets": [latents(3, 1)], "conditions": [latents(3, 2, 4, 4)], "positive": [conds(spec)[0]], "rank": [4]}
     given |= {"steps": [1], "batch_size": [2], "learning_rate": [1e-3], "prompt_dropout": [0.0], "seed": [3]}
@@ -137,6 +143,18 @@ def test_an_interrupt_leaves_nothing_behind(folder, monkeypatch):
         ({"targets": [latents(2, 1), latents(1, 1, 6, 6)]}, "one size"),
         ({"conditions": [{"samples": torch.zeros(3, 4, 4, 4)}]}, "16 channels"),
         ({"filename": ["../mine"]}, "without a folder"),
+        ({"targets": [latents(0, 1)], "conditions": [latents(0, 2)]}, "0 targets and 0 conditions"),
+        ({"positive": [[prompt(10), prompt(14), prompt(10)]]}, "prompts of 10, 14 tokens.* Set batch_size to 1"),
+        (
+            {
+                "positive": [
+                    [prompt(10), prompt(10, guidance=2.0, reference_latents=[latents(1, 3)["samples"]]), prompt(10)]
+                ]
+            },
+            "unlike",
+        ),
+        ({"positive": [[prompt(10, rows=2)]]}, "2 rows in one entry for 3 targets"),
+        ({"positive": [[prompt(10, start_percent=0.5)]]}, "all steps, and one has start_percent"),
     ],
 )
 def test_what_does_not_fit_is_told(folder, inputs, words):
@@ -149,3 +167,11 @@ def test_a_patched_model_is_refused(folder):
     model, spec = model_of("flux")
     with pytest.raises(ValueError, match="plain MODEL, and this one has Taylor Cache"):
         trained(taylor(model), spec)
+
+
+def test_rows_of_one_prompt_belong_to_the_targets(folder):
+    model, spec = model_of("flux")
+    context, extra = prompt(10, rows=3)
+    rows = [[context[i : i + 1], {"pooled_output": extra["pooled_output"][i : i + 1]}] for i in range(3)]
+    made = [trained(model, spec, positive=[p], steps=[2])[2]["losses"] for p in ([[context, extra]], rows, rows[:1])]
+    assert made[0] == made[1] != made[2]
