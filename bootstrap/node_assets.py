@@ -18,6 +18,7 @@ from pack import ROOT
 from schema_lock import broken, slice_of
 from thumbnail import QUALITY, save_thumbnail
 
+TIME = 3600  # s for one template: some train
 WORKFLOWS, SCHEMAS, CATALOGUE = ROOT / "workflows", ROOT / "tests/golden/schemas.json", ROOT / "docs/catalogue.md"
 
 
@@ -96,7 +97,7 @@ def main() -> None:
                 draw(canvas, info).save(WORKFLOWS / f"{path.stem}.jpg", quality=QUALITY)
                 print(f"{path.stem}: drawn")
             else:
-                entry = server.run(towards_picture(graph, info))
+                entry = server.run(towards_picture(graph, info), timeout=TIME)
                 save_thumbnail(server.outputs(entry), WORKFLOWS / f"{path.stem}.jpg")
                 print(f"{path.stem}: ran, thumbnail saved")
     print(f"{len(ours)} nodes in {CATALOGUE.relative_to(ROOT)} and {SCHEMAS.relative_to(ROOT)}")

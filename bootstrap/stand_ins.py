@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,9 @@ from tiny_specs import SPECS, Spec
 
 use_comfyui()
 
+import comfy.ops
+import comfy.utils
+from comfy.ldm.flux.controlnet import ControlNetFlux
 from comfy.taesd.taesd import TAESD
 
 FLUX, SD3 = SPECS["flux"], SPECS["sd3"]
@@ -41,6 +46,7 @@ OLD = {"_class_name": "Transformer2DModel", "num_attention_heads": 2, "attention
 BETAS = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear",
          "prediction_type": "epsilon"}  # fmt: skip
 VAE = {"_class_name": "AutoencoderKL", "latent_channels": 4}
+DYNAMICTRL = "DynamiCtrl/transformer"
 CONFIGS: dict[str, dict[str, Any]] = {  # as the releases name class and entries, in small sizes
     f"{PIXART}/transformer/config.json": {
         **OLD, "norm_type": "ada_norm_single", "sample_size": 128, "cross_attention_dim": 32, "caption_channels": 96,
@@ -51,6 +57,7 @@ CONFIGS: dict[str, dict[str, Any]] = {  # as the releases name class and entries
     f"{DIT}/transformer/config.json": {**OLD, "norm_type": "ada_norm_zero", "sample_size": 32, "cross_attention_dim": None},
     f"{DIT}/scheduler/scheduler_config.json": {"_class_name": "DDIMScheduler", **BETAS},
     f"{DIT}/vae/config.json": {**VAE, "scaling_factor": 0.18215},
+    f"{DYNAMICTRL}/config.json": {"_class_name": "DynamiCtrlTransformerModel", "sample_height": 60, "sample_width": 90},
 }  # fmt: skip
 
 
@@ -87,6 +94,38 @@ def dit4sr(module: Any) -> Tensors:
     """Control tensors alone. module: the pack's methods.control.dit4sr."""
     depth, dual = SD3.arguments["depth"], frozenset(SD3.arguments["x_block_self_attn_layers"])
     return random(module.control_keys(module.Sizes(depth, dual, 64 * depth)))
+
+
+def pixart() -> Tensors:
+    """PixArt-alpha of its own width, which its detection fixes, and of as few blocks as RelaCtrl stands between. They pass
+    on what they get, in fp8: half a gigabyte."""
+    spec = SPECS["pixart"]
+    spec = replace(spec, arguments=dict(spec.arguments, depth=1, micro_condition=True))
+    made = state_dict(spec)
+    first = {key: value for key, value in made.items() if key.startswith("blocks.0.")}
+    for i, (key, value) in product(range(21), first.items()):
+        made[key.replace("blocks.0.", f"blocks.{i}.")] = torch.zeros(value.shape, dtype=torch.float8_e4m3fn)
+    return made
+
+
+def relactrl(module: Any) -> Tensors:
+    """Control tensors alone. module: the pack's methods.control.relactrl_keys."""
+    return random(module.expected(1152, (6, 2, 6, 4, 2, 2, 4, 4, 6, 6, 6)))
+
+
+def instantx(blocks: int = 3) -> Tensors:
+    """A ControlNet of FLUX's double blocks under diffusers' names, as InstantX and Shakker-Labs release them."""
+    sizes = {**FLUX.arguments, "depth": blocks, "depth_single_blocks": 0}
+    net = ControlNetFlux(
+        latent_input=True, operations=comfy.ops.disable_weight_init, dtype=torch.bfloat16, device="meta", **sizes
+    )
+    own = random({key: tuple(value.shape) for key, value in net.state_dict().items()})
+    made = {key: value for key, value in own.items() if key.startswith("controlnet_blocks")}
+    for key, place in comfy.utils.flux_to_diffusers(sizes).items():
+        target, *part = (place,) if isinstance(place, str) else place
+        if target in own:
+            made[key] = (own[target].narrow(*part[0]) if part and part[0] is not None else own[target]).clone()
+    return made
 
 
 def clear(module: Any, down: int = 4) -> Tensors:
@@ -141,6 +180,21 @@ def pickled(tensors: Tensors, path: Path) -> None:
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
 
 
+def dynamictrl(module: Any) -> Tensors:
+    """module: the pack's methods.control.dynamictrl."""
+    return random(module.expected(module.Sizes(dim=128, time=64, layers=2, text=96, joined=False)))
+
+
+def video_vae() -> Tensors:
+    """Core's smallest VAE that joins frames by fours."""
+    from comfy.ldm.wan.vae import WanVAE
+
+    made = WanVAE(dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, temperal_downsample=[False, True, True])
+    shapes = {key: tuple(value.shape) for key, value in made.state_dict().items()}
+    weights = random({key: shape for key, shape in shapes.items() if not key.endswith(("gamma", "bias"))})
+    return {key: weights.get(key, torch.full(shape, float(key.endswith("gamma")))) for key, shape in shapes.items()}
+
+
 def gguf_file(tensors: Tensors, path: Path) -> None:
     """As ComfyUI-GGUF's converter writes FLUX: matrices in Q8_0, the rest in F32."""
     writer = GGUFWriter(str(path), "flux")
@@ -170,12 +224,19 @@ def write(needs: list[dict[str, str]], models: Path, pack: Any) -> None:
         "sd3.5_medium_incl_clips_t5xxlfp8scaled.safetensors": lambda _: sd3(),
         "dit4sr_q/diffusion_pytorch_model.safetensors": lambda _: dit4sr(import_module(f"{control}.dit4sr")),
         "clear_local_16_down_4.safetensors": lambda _: clear(import_module(f"{methods}.clear_weights")),
+        "PixArt-XL-2-1024-MS/diffusion_pytorch_model.safetensors": lambda _: pixart(),
+        "RelaCtrl/relactrl_pixart_canny_1024.pth": lambda _: relactrl(import_module(f"{control}.relactrl_keys")),
+        "FLUX.1-dev-ControlNet-Union-Pro-2.0/diffusion_pytorch_model.safetensors": lambda _: instantx(),
         "canny.safetensors": lambda _: easycontrol(import_module(f"{pack.__name__}.methods.control.easycontrol")),
         "art_lora_comfy_converted.safetensors": lambda _: lora(1),
         "realism_lora_comfy_converted.safetensors": lambda _: lora(2),
         "hunyuan_video_t2v_720p_bf16.safetensors": lambda _: state_dict(SPECS["hunyuan_video"]),
         "llava_llama3_fp8_scaled.safetensors": lambda _: {},
         "hunyuan_video_vae_bf16.safetensors": lambda _: taesd(16),
+        f"{DYNAMICTRL}/diffusion_pytorch_model.safetensors": lambda _: dynamictrl(
+            import_module(f"{control}.dynamictrl")
+        ),
+        "CogVideoX/diffusion_pytorch_model.safetensors": lambda _: video_vae(),
         "LinFusion-1-5/diffusion_pytorch_model.safetensors": lambda folder: linfusion(
             import_module(f"{methods}.linfusion"), folder
         ),
@@ -193,7 +254,7 @@ def write(needs: list[dict[str, str]], models: Path, pack: Any) -> None:
             gguf_file(state_dict(FLUX), path)
         elif path.suffix == ".json":
             path.write_text(json.dumps(CONFIGS[weight["name"]]))
-        elif path.suffix == ".bin":
+        elif path.suffix in (".bin", ".pth"):
             pickled(makers[weight["name"]](path.parent), path)
         else:
             safetensors.torch.save_file(makers[weight["name"]](path.parent), str(path))

@@ -119,7 +119,7 @@ def _check(model: Any, statistics: Statistics | None) -> None:
     packed = [n for n, p in model.model.diffusion_model.named_parameters() if type(p.data) is not torch.Tensor]
     if packed:
         raise ValueError(f"This MODEL is quantized already ({packed[0]}). Load it in full precision.")
-    inside = [k for k in model.object_patches if k.startswith(INSIDE)]
+    inside = [k for k, patch in model.object_patches.items() if k.startswith(INSIDE) and not unbound(patch)]
     if inside:
         raise ValueError(
             f"{NAME} takes the plain weights, but this MODEL carries other modules in their place ({inside[0]}). Connect it "
@@ -132,6 +132,11 @@ def _check(model: Any, statistics: Statistics | None) -> None:
             f"The calibration was recorded with the model {statistics.model} and this one is {known}. Run Calibrate "
             "Quantization on this MODEL."
         )
+
+
+def unbound(patch: Any) -> bool:
+    """Whether an object patch holds nothing of the model that it is on, so that it may move to another."""
+    return isinstance(patch, bool | int | float | str) or getattr(patch, "unbound", False)
 
 
 def _about(model: Any, asked: Asked, statistics: Statistics | None, exclude: str) -> str:

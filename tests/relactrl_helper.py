@@ -66,7 +66,7 @@ def controlled(model, latent=LATENT, **inputs):
     return run_node(ApplyRelactrl, model=model, control=CONTROL, latent={"samples": latent}, **inputs)[0]
 
 
-def job(steps=2, batch=2, **settings):
+def job(steps=2, batch=1, **settings):
     return Job(SPEC, steps=steps, batch=batch, **settings)
 
 

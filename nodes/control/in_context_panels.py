@@ -39,7 +39,6 @@ class InContextPanels(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
             not_idempotent=True,  # the node id is in the MODEL: two equal nodes must not share one cached result
-            is_experimental=True,
         )  # fmt: skip
 
     @classmethod

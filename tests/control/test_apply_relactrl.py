@@ -49,10 +49,10 @@ def test_the_port_is_this_pixart():
 def test_it_computes_the_official_forward(inputs, settings, each):
     """Guidance, two pictures with a condition each, not square, fp32."""
     model = pixart()
-    want = job()(official(model, each=each, **settings))
+    want = job(batch=2)(official(model, each=each, **settings))
     patched = controlled(model, **inputs)
-    assert error(job()(patched), want) < 1e-5
-    assert error(want, job()(model)) > 0.05
+    assert error(job(batch=2)(patched), want) < 1e-5
+    assert error(want, job(batch=2)(model)) > 0.05
     told = facts(patched, NAME)
     added = 21 if settings.get("repeat", True) else 11
     assert (told["calls"], told["control_blocks"], told["residuals"]) == (2, 22, 2 * added)
@@ -60,7 +60,7 @@ def test_it_computes_the_official_forward(inputs, settings, each):
 
 def test_a_step_of_two_evaluations_keeps_its_permutation():
     model = pixart()
-    heun = job(steps=2, batch=1, sampler="heun")  # evaluates 2 + 1 times
+    heun = job(steps=2, sampler="heun")  # evaluates 2 + 1 times
     want = heun(official(model, latent=LATENT[:1], each=[0, 0, 1].__getitem__))
     patched = controlled(model, LATENT[:1], permutation="per_step")
     assert error(heun(patched), want) < 1e-5 and facts(patched, NAME)["permutations"] == 2
@@ -87,9 +87,9 @@ def test_conditions_apart_are_the_conditions_together(permutation):
 def test_one_condition_serves_a_batch():
     model = pixart()
     both = torch.cat([LATENT[:1]] * 2)
-    want = job()(controlled(model, both))
-    assert error(job()(controlled(model, LATENT[:1])), want) < 1e-5
-    assert error(job()(controlled(model)), want) > 1e-3
+    want = job(batch=2)(controlled(model, both))
+    assert error(job(batch=2)(controlled(model, LATENT[:1])), want) < 1e-5
+    assert error(job(batch=2)(controlled(model)), want) > 1e-3
 
 
 def test_bf16_is_near():
@@ -114,7 +114,7 @@ def test_part_of_the_schedule():
     """It ends after half of it: the first steps are the controlled ones, the others those of the plain model."""
     model = pixart()
     patched = controlled(model, end_percent=0.6)
-    job(steps=6, batch=1)(patched)
+    job(steps=6)(patched)
     calls = facts(patched, NAME)["calls"]
     assert 0 < calls < 6
     sigmas = [float(model.get_model_object("model_sampling").percent_to_sigma(p)) for p in (0.6, 0.0)]
@@ -159,7 +159,7 @@ def test_each_block_gets_the_residual_of_the_last_control_block(repeat):
     model, seen = counters(pixart())
     patched = run_node(ApplyRelactrl, model=model, control=read(weights, "tiny"), latent={"samples": LATENT[:1]},
                        repeat_skip=repeat)[0]  # fmt: skip
-    job(steps=1, batch=1)(patched)
+    job(steps=1)(patched)
     assert [n for n, _ in seen] == list(range(DEPTH))
     steps = [(b - a).mean().item() for (_, a), (_, b) in zip(seen, seen[1:], strict=False)]
     places = GOLDEN["places"]
@@ -186,11 +186,11 @@ class Vae:
 def test_an_image_is_brought_to_the_picture_s_size(size):
     image, vae, model = torch.rand(1, *size, 4), Vae(), pixart()
     patched = run_node(ApplyRelactrl, model=model, control=CONTROL, image=image, vae=vae)[0]
-    got = job(batch=1)(patched)
+    got = job()(patched)
     assert vae.sizes == [(256, 320, 3)], "encoded once a run, without its alpha"
     if size == (256, 320):
-        assert torch.equal(got, job(batch=1)(controlled(model, Vae().encode(image[..., :3]))))
-    assert torch.isfinite(got).all() and error(got, job(batch=1)(model)) > 0.05
+        assert torch.equal(got, job()(controlled(model, Vae().encode(image[..., :3]))))
+    assert torch.isfinite(got).all() and error(got, job()(model)) > 0.05
 
 
 def refused(pattern, model=None, **inputs):

@@ -17,6 +17,7 @@ TWINS = sorted((ROOT / "workflows/api").glob("*.json"))
 NEEDING = {  # templates on official weights: width of the stand-in's conditioning, of its pooled vector, and what is told
     "load_clear_weights": (96, 64, {"Load CLEAR Weights": "radius 16, down_factor 4", "Local Window Attention": "served 8 of 8"}),
     "apply_easycontrol": (96, 64, {"Apply EasyControl": "1,024 condition tokens, 1 passes for 2 calls"}),
+    "apply_pose_control": (96, 0, {"Apply Pose Control": "pose in 2 calls of the model, 2 chains computed"}),
     "load_quantized_model": (96, 64, {"Taylor Cache": "forecast 1 of 2 evaluations"}),
     "load_linfusion": (768, 0, {"Load LinFusion": "self-attention calls linear, in 7 modules"}),
     "load_diffusers_model": (96, 0, {"Taylor Cache": "forecast 1 of 2 evaluations"}),
@@ -26,9 +27,13 @@ NEEDING = {  # templates on official weights: width of the stand-in's conditioni
     "llm_prompt_options": (96, 768, {}),
     "apply_dit4sr": (96, 64, {"Apply DiT4SR": "24 low-resolution tokens beside the picture in 2 of 2 calls",
                               "Tiled Latents": "one tile covers the latent of 12 x 8"}),
+    "apply_relactrl": (4096, 0, {"Apply RelaCtrl": "22 control blocks in 2 model calls, fixed permutation"}),
+    "control_relevance": (96, 64, {"Control Relevance": "matters most of 3 residuals"}),
+    "select_control_layers": (96, 64, {"Control Relevance": "matters most of 3 residuals"}),
     "class_label": (0, 0, {"Taylor Cache": "forecast 1 of 2 evaluations"}),
 }  # fmt: skip
 ENCODERS = ("CLIPLoader", "DualCLIPLoader", "TesseraLlmPromptOptions")
+PLANNED = ("TesseraCacheSchedule", "TesseraSolveThreshold", "TesseraControlRelevance")
 CARRIED = [path for path in TWINS if path.stem not in NEEDING]
 FEW = 2  # sampler steps: enough to run every node, too few for a good picture
 
@@ -37,7 +42,7 @@ def quick(graph):
     """The graph with few sampler steps; as many as there must be where a schedule is planned."""
     if any(n["class_type"] == "TesseraLoadCacheProfile" for n in graph.values()):
         return graph  # the profile that comes along is of so many steps
-    planned = any(n["class_type"] in ("TesseraCacheSchedule", "TesseraSolveThreshold") for n in graph.values())
+    planned = any(n["class_type"] in PLANNED for n in graph.values())
     for node in graph.values():
         if isinstance(node["inputs"].get("steps"), int):
             node["inputs"]["steps"] = min(8 if planned else FEW, node["inputs"]["steps"])
@@ -79,6 +84,8 @@ def on_stand_ins(graph, width, pooled):
     """The graph without text encoders, small, with windows at any size and caches that forecast at once."""
     square = any(node["class_type"] == "TesseraClassLabel" for node in graph.values())  # others are refused
     small = {"width": 64, "height": 64 if square else 96, "min_tokens": 0, "radius": 3, "warmup": 0, "tail_full": 0}
+    if any(node["class_type"] == "TesseraApplyRelactrl" for node in graph.values()):
+        small |= {"width": 512, "height": 32}  # PixArt divides by zero where the mean of both is smaller
     for seed, (key, node) in enumerate(graph.items()):
         if node["class_type"] == "CLIPTextEncode":
             graph[key] = {"class_type": "StandInText", "inputs": {"width": width, "pooled": pooled, "seed": seed}}
