@@ -47,27 +47,36 @@ def read(path: str, model: Any, clip: Any = None) -> Lora:
     broken = next((k for k, v in tensors.items() if v.is_floating_point() and not finite(v)), None)
     if broken is not None:
         raise ValueError(f"{name}: {broken} {[*tensors[broken].shape]} is not finite; download it again.")
-    patches = comfy.lora.load_lora(tensors, comfy.lora.model_lora_keys_unet(model.model, {}), log_missing=False)
-    text: dict[Key, Any] = {}
-    if clip is not None:
-        keys = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {})
-        text = comfy.lora.load_lora(tensors, keys, log_missing=False)
+    patches = _patches(name, tensors, comfy.lora.model_lora_keys_unet(model.model, {}))
+    text = {} if clip is None else _patches(name, tensors, comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {}))
     there = model.model.state_dict().keys()
     patches = {key: patch for key, patch in patches.items() if tensor_of(key) in there}
     used = set().union(*(getattr(p, "loaded_keys", ()) for p in (*patches.values(), *text.values())))
     rest = [key for key in tensors if key not in used]
-    if not patches:
+    of_text = [key for key in rest if key.startswith(TEXT)]
+    if not patches and not text:
         kind = type(model.model.diffusion_model).__name__
+        if rest and len(of_text) == len(rest):
+            remedy = "Connect clip to load them" if clip is None else "Take a LoRA of the same base model"
+            raise ValueError(f"{name} holds layers of a text encoder alone, such as {rest[0]}. {remedy}.")
         raise ValueError(
             f"{name} fits no layer of this MODEL ({kind}); its keys are like {next(iter(tensors), 'none')}. Take a LoRA of the "
             "same base model."
         )
     for key, patch in patches.items():
         _check(name, model, key, patch)
-    of_text = [key for key in rest if key.startswith(TEXT)]
-    plain = any(not hasattr(p, "loaded_keys") for p in patches.values())  # whose keys core does not tell
+    plain = any(
+        not hasattr(p, "loaded_keys") for p in (*patches.values(), *text.values())
+    )  # whose keys core does not tell
     unknown = () if plain else tuple(key for key in rest if not key.startswith(TEXT))
     return Lora(name, patches, text, len(of_text) if clip is None else 0, unknown)
+
+
+def _patches(name: str, tensors: dict[str, torch.Tensor], keys: dict[str, Key]) -> dict[Key, Any]:
+    try:
+        return comfy.lora.load_lora(tensors, keys, log_missing=False)
+    except KeyError as error:  # core asks for the other half of a pair
+        raise ValueError(f"{name} lacks {error.args[0]}; download it again.") from error
 
 
 def tensor_of(key: Key) -> str:
@@ -90,7 +99,9 @@ def _shape(model: Any, key: Key) -> list[int]:
 def _check(name: str, model: Any, key: Key, patch: Any) -> None:
     """Core logs a wrong shape and goes on without that layer."""
     size, shape = _size(patch), _shape(model, key)
-    if size is not None and size != math.prod(shape):
+    scale = _scale(patch)
+    scaled = scale is None or scale.numel() in shape[:2]
+    if not scaled or (size is not None and size != math.prod(shape)):
         parts = patch.weights if isinstance(patch, comfy.weight_adapter.WeightAdapterBase) else patch[1]
         held = " x ".join(str([*part.shape]) for part in parts if isinstance(part, torch.Tensor))
         raise ValueError(
@@ -103,7 +114,9 @@ def _size(patch: Any) -> int | None:
     if not isinstance(patch, comfy.weight_adapter.WeightAdapterBase):
         return patch[1][0].numel() if patch[0] in ("diff", "set") else None
     w = patch.weights
-    if patch.name == "lora" and w[3] is None and not w[5]:
+    if patch.name == "lora" and not w[5]:
+        if w[3] is not None:  # Tucker's core between the two
+            return w[0].shape[0] * w[1].shape[1] * w[3][0, 0].numel() if w[3].ndim == 4 else 0
         return w[0].shape[0] * w[1][0].numel() if w[0].flatten(1).shape[1] == w[1].shape[0] else 0
     if patch.name == "loha" and w[5] is None:
         fits = all(a.shape[1] == b.shape[0] for a, b in ((w[0], w[1]), (w[3], w[4])))
@@ -171,8 +184,13 @@ def _acts(patch: Any) -> bool:
 def _reads(patch: Any) -> bool:
     if not isinstance(patch, comfy.weight_adapter.WeightAdapterBase):
         return patch[0] == "set"
-    places = {"lora": 4, "loha": 7, "lokr": 8, "oft": 3, "boft": 3, "glora": 5}
-    return isinstance(patch, READS) or patch.weights[places[patch.name]] is not None
+    return isinstance(patch, READS) or _scale(patch) is not None
+
+
+def _scale(patch: Any) -> torch.Tensor | None:
+    """DoRA's."""
+    places = {"lora": 4, "loha": 7, "lokr": 8, "glora": 5}
+    return patch.weights[places[patch.name]] if getattr(patch, "name", None) in places else None
 
 
 def _weight(model: Any, tensor: str, device: torch.device) -> torch.Tensor:

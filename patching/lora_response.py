@@ -63,6 +63,6 @@ def lines(curve: Curve) -> list[str]:
         made.append(f"strength {strength:g}: {value:.5g}, amount {curve.amount(strength):.3f}")
     asked = [step / 4 for step in itertools.takewhile(lambda s: s / 4 <= curve.most, range(1, 9))]
     made.append("amount -> strength: " + ", ".join(f"{u:g} -> {curve.strength(u):.3f}" for u in asked))
-    if any(a != b for a, b in zip(curve.responses, curve.fitted, strict=True)):
+    if any(a != b for a, b in zip(curve.signed, curve.fitted, strict=True)):
         made.append("The response goes up and down; it was smoothed. A larger batch measures it more steadily.")
     return made

@@ -100,7 +100,9 @@ def lines(loras: list[Lora], strengths: list[float], rows: list[Row], choice: Ch
     parallel = sum(one.parallel for _, one in rows)
     kept = sum(any(layer.fixed) for layer, _ in rows)
     if parallel:
-        made.append(f"{parallel} layers hold LoRA that point the same way, and were not made orthogonal.")
+        made.append(
+            f"{parallel} layers hold LoRA that point the same way, or opposite ways, and were not made orthogonal."
+        )
     if kept:
         made.append(
             f"{kept} layers hold an adapter that is not linear in its strength (OFT, set, reshape), which stays."

@@ -9,13 +9,17 @@ import comfy.model_management
 import torch
 
 from ..methods.control.tiles import Blend, spans
+from .cache import EASYCACHE
 from .control import ControlFeature
 from .dynamic_grain import DynamicGrain
 from .forward import Part, PartFeature
 from .region import RegionFeature
 from .run import Feature, Run
 
-WHOLE = ("c_concat", "image_cond")  # conditions that core cuts where it cuts the latent
+WHOLE = ("c_concat", "image_cond", "denoise_mask", "vace_context")  # conditions that have the latent's places
+SCALED = (  # conditions of the whole picture at a scale of their own
+    "effnet", "lq_latent", "camera_conditions", "pose_latents", "sam_latents", "keyframe_idxs",
+)  # fmt: skip
 NAMES = ("x", "t", "c_concat", "c_crossattn", "control", "transformer_options")  # arguments of apply_model
 
 
@@ -51,6 +55,14 @@ class TileFeature(PartFeature):
             return (
                 f"{other.name} has a condition for the whole picture, and Tiled Latents shows the MODEL one tile after "
                 "another. Use one of them."
+            )
+        return None
+
+    def refuses(self, transformer_options: dict[str, Any]) -> str | None:
+        if type(transformer_options.get(EASYCACHE)).__name__ == "EasyCacheHolder":
+            return (
+                "Tiled Latents shows the MODEL one tile after another, and core's EasyCache would give a tile what it kept of "
+                "the one before. Remove one of them; LazyCache, Step Cache and Taylor Cache work beside it."
             )
         return None
 
@@ -91,7 +103,8 @@ class TileFeature(PartFeature):
                 f"A ControlNet sees the whole picture of {x.shape[-2]} x {x.shape[-1]} in latent space, and Tiled Latents "
                 "shows the MODEL one tile after another. Remove one of them, or raise tile."
             )
-        whole = [name for name, value in given.items() if name not in ("x", *WHOLE) and _like(value, x)]
+        others = ((name, value) for name, value in given.items() if name not in ("x", *WHOLE))
+        whole = [name for name, value in others if _like(value, x) or (name in SCALED and torch.is_tensor(value))]
         if whole:
             raise ValueError(
                 f"Tiled Latents does not know how to cut the condition {whole[0]} {[*given[whole[0]].shape]} of the whole "

@@ -125,8 +125,10 @@ def sizes_of(shapes: Mapping[str, tuple[int, ...]], name: str) -> Sizes:
             f"{name} holds no DiT4SR adapter: of its {len(shapes)} tensors none is named ff.control_conv beside "
             "attn.to_q_control. Take diffusion_pytorch_model.safetensors of acceptee/DiT4SR."
         )
-    dual = frozenset(int(match[1]) for _, match in met if match[2] == "attn2")
-    return Sizes(1 + max(int(match[1]) for _, match in met), dual, widths.most_common(1)[0][0])
+    parts = Counter((int(match[1]), match[2] == "attn2") for _, match in met)
+    whole = [part for part, count in parts.items() if count > len(LAYERS)]  # a stray tensor makes no block
+    dual = frozenset(i for i, second in whole if second)
+    return Sizes(1 + max((i for i, second in whole if not second), default=0), dual, widths.most_common(1)[0][0])
 
 
 def check(shapes: Mapping[str, tuple[int, ...]], name: str) -> Sizes:

@@ -20,7 +20,7 @@ def chart(curve: Curve) -> torch.Tensor:
         _write(sheet, PAD + i * (HEIGHT + PAD), PAD, words)
     x0, x1 = curve.strengths[0], curve.strengths[-1]
     amounts = [curve.amount(x0 + (x1 - x0) * i / (SIDE - 1)) for i in range(SIDE)]
-    raw = [_raw(curve, value) for value in curve.responses]
+    raw = [_raw(curve, value) for value in curve.signed]
     low, high = min(0.0, x0, *amounts, *raw), max(1.0, x1, *amounts, *raw)
     plot = sheet[top : top + SIDE, LEFT : LEFT + SIDE]
 

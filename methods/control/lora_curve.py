@@ -76,11 +76,17 @@ class Curve:
             )
 
     @cached_property
+    def signed(self) -> list[float]:
+        """The responses; a difference counts as negative at negative strengths, where it is one the other way."""
+        away = self.measure == "difference"
+        return [-v if away and s < 0 else v for s, v in zip(self.strengths, self.responses, strict=True)]
+
+    @cached_property
     def fitted(self) -> list[float]:
-        """The responses, made monotone in the direction from strength 0 to 1."""
+        """The signed responses, made monotone in the direction from strength 0 to 1."""
         first, one = (self.responses[self.strengths.index(s)] for s in (0.0, 1.0))
         sign = 1.0 if one >= first else -1.0
-        return [sign * v for v in isotonic([sign * v for v in self.responses])]
+        return [sign * v for v in isotonic([sign * v for v in self.signed])]
 
     @cached_property
     def _slopes(self) -> list[float]:
@@ -112,8 +118,8 @@ class Curve:
         low, high = 0.0, self.strengths[-1]
         if amount <= 0.0 or amount == 1.0:
             return max(0.0, amount)
-        if amount >= self.most:
-            amount = self.most
+        if amount > self.most:
+            return high
         for _ in range(HALVINGS):
             middle = (low + high) / 2
             low, high = (low, middle) if self.amount(middle) >= amount else (middle, high)

@@ -102,8 +102,10 @@ LAYER = f"{BLOCK}.attn2.to_v_control"
         (shaped(f"{BLOCK}.ff.control_conv.weight", 768, 1, 5, 5), r"is \[768, 1, 5, 5\], .* has \[768, 1, 3, 3\]"),
         (
             shaped("transformer_blocks.3.attn.to_q_control.weight", 192, 192),
-            r"of 4 blocks .* lacks 'transformer_blocks",
+            r"of 3 blocks .* also has 'transformer_blocks.3.attn.to_q_control.weight'",
         ),
+        (shaped("transformer_blocks.99999999.ff.control_conv.bias", 768), r"of 3 blocks .* also has '.*99999999"),
+        (shaped("transformer_blocks.2.attn2.to_q_control.bias", 192), r"also has '.*2.attn2.to_q_control.bias'"),
         (spoilt(f"{LAYER}.weight"), rf"{LAYER}.weight \[192, 192\] is not finite"),
         (lambda t: t.update({f"{LAYER}.bias": torch.zeros(192, dtype=torch.int32)}), "int32 and not floating point"),
     ],

@@ -59,6 +59,19 @@ def test_isotonic_pools_what_is_out_of_order():
     assert all(b >= a - 1e-12 for a, b in zip(values, values[1:], strict=False))
 
 
+def test_differences_at_negative_strengths_leave_the_others():
+    made = curve(abs, (-1.0, -0.5, *m.DEFAULT))
+    assert made.strength(0.5) == pytest.approx(0.5) and made.amount(-0.5) == pytest.approx(-0.5)
+    assert made.fitted == made.signed and chart(made).shape[0] == 1
+    motion = m.Curve("a", "motion", (-1.0, 0.0, 1.0), (1.0, 2.0, 3.0))
+    assert motion.fitted == [1.0, 2.0, 3.0]
+
+
+def test_behind_the_largest_amount_stands_the_last_strength():
+    made = curve(lambda s: min(s, 0.5))
+    assert [made.strength(u) for u in (1.0, 1.25, 4.0)] == [1.0, 1.5, 1.5]
+
+
 def test_two_points_are_a_line():
     made = m.Curve("a", "difference", (0.0, 1.0), (2.0, 4.0))
     assert made.at(0.25) == pytest.approx(2.5) and made.strength(0.25) == pytest.approx(0.25)
@@ -97,7 +110,7 @@ def test_strengths_are_sorted_and_single():
 
 
 def test_the_chart_shows_points_fit_and_line():
-    picture = chart(curve(MAPS["saturating"], (-0.5, *m.DEFAULT)))
+    picture = chart(curve(lambda s: abs(MAPS["saturating"](s)), (-0.5, *m.DEFAULT)))
     assert picture.ndim == 4 and picture.shape[3] == 3 and picture.min() >= 0 and picture.max() <= 1
     from tessera.methods.control import lora_chart as c
 

@@ -163,6 +163,28 @@ def test_text_encoder_keys(loras):  # noqa: F811
     assert any("at its plain strength" in x for x in out.ui["tessera_report"][0]["lines"])
 
 
+def test_text_encoder_keys_alone(loras):  # noqa: F811
+    """As core's Load LoRA takes them."""
+    model, word = model_of("flux")[0], "lora_te1_text_model_encoder_layers_0_mlp_fc1"
+    held = {f"{word}.lora_up.weight": torch.ones(6, 2), f"{word}.lora_down.weight": torch.ones(2, 4)}
+    names = {"lora_1": loras("a.safetensors", held), "lora_2": loras("b.safetensors", tensors("flux", "kohya", 1))}
+    out = stack(model, names, clip=Words())
+    assert len(out[1].patches) == 1 and {row["factors"][0] for row in out[2]["layers"]} == {1.0}
+    with pytest.raises(ValueError, match="layers of a text encoder alone, .* Connect clip"):
+        stack(model, names)
+
+
+@pytest.mark.parametrize(("kind", "part"), [("dora", "dora_scale"), ("tucker", "lora_mid.weight")])
+def test_other_tensors_of_a_lora_that_do_not_fit(loras, kind, part):  # noqa: F811
+    model = model_of("flux")[0]
+    held = other("dora", model, PLACE)
+    if kind == "tucker":
+        held = {key: value for key, value in held.items() if "dora" not in key}
+    held[f"{PLACE}.{part}"] = torch.ones(7, 3)
+    with pytest.raises(ValueError, match=r"a.safetensors: .* does not fit .*img_mlp.0.weight \[512, 128\]"):
+        stack(model, {"lora_1": loras("a.safetensors", held)})
+
+
 def test_files_that_do_not_fit(loras, tmp_path):  # noqa: F811
     model = model_of("flux")[0]
     held = tensors("flux", "core")
@@ -175,6 +197,10 @@ def test_files_that_do_not_fit(loras, tmp_path):  # noqa: F811
     for sentence, wrong in cases.items():
         with pytest.raises(ValueError, match=sentence):
             stack(model, {"lora_1": loras("a.safetensors", wrong)})
+    other_half = key.replace("_B.", "_A.")
+    half = {k: v for k, v in held.items() if k != other_half}
+    with pytest.raises(ValueError, match=f"a.safetensors lacks {other_half}"):
+        stack(model, {"lora_1": loras("a.safetensors", half)})
     (tmp_path / "b.safetensors").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="damaged or no LoRA file"):
         stack(model, {"lora_1": "b.safetensors"})

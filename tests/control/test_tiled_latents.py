@@ -187,6 +187,8 @@ def test_what_core_cuts_with_the_latent_is_cut_and_the_rest_is_whole():
     ("more", "sentence"),
     [
         ({"control": {"output": [torch.ones(1)]}}, "A ControlNet sees the whole picture of 8 x 8"),
+        ({"camera_conditions": torch.ones(1, 6, 3, 64, 64)}, r"condition camera_conditions \[1, 6, 3, 64, 64\]"),
+        ({"keyframe_idxs": torch.ones(1, 3, 16)}, r"condition keyframe_idxs \[1, 3, 16\]"),
         ({"depth": torch.ones(1, 1, 8, 8)}, r"condition depth \[1, 1, 8, 8\] of the whole picture"),
         ({"x": torch.ones(1, 1, 64)}, r"samples \[1, 1, 64\]"),
     ],
@@ -196,6 +198,53 @@ def test_what_belongs_to_the_whole_picture_is_refused(more, sentence):
         called({"x": torch.ones(1, 4, 8, 8), "t": torch.ones(1)} | more)
     if "x" not in more:
         assert called({"x": torch.ones(1, 4, 8, 8), "t": torch.ones(1)} | more, tile=8)[1][0][2] is None, "one tile"
+
+
+def tiles_of_clip(name, noise, parts, sides, **whole):
+    """The blend of plain clips, each with its part of what `whole` holds."""
+    model, spec = model_of(name)
+    made = []
+    for rows, columns in parts:
+        part = {key: value[..., rows, columns].contiguous() for key, value in {"noise": noise, **whole}.items()}
+        made.append(job(spec, part.pop("noise"), **part)(model))
+    return blended(made, parts, sides), tiled(model), spec
+
+
+def test_a_noise_mask_that_the_model_reads_is_cut():
+    noise, mask = torch.randn(1, 128, 3, *SIDES), torch.ones(1, 1, 3, *SIDES)
+    mask[:, :, :2, 3:15, 5:20] = 0
+    want, patched, spec = tiles_of_clip("ltxv", noise, PARTS, SIDES, mask=mask)
+    got = job(spec, noise, mask=mask)(patched)
+    assert error(got, want) < 1e-5 and facts(patched, "Tiled Latents")["tiles"] == 6
+
+
+def test_vace_frames_are_cut():
+    model, spec = model_of("wan_vace")
+    noise, frames, masks = torch.randn(1, 16, 3, 16, 32), torch.randn(1, 32, 3, 16, 32), torch.rand(1, 64, 3, 16, 32)
+
+    def out(model, noise, columns):
+        told = {"vace_frames": [frames[..., columns]], "vace_mask": [masks[..., columns]], "vace_strength": [1.0]}
+        positive, negative = ([[c, {**extra, **told}] for c, extra in one] for one in conds(spec))
+        return job(spec, noise, positive=positive, negative=negative)(model)
+
+    halves = slice(0, 16), slice(16, 32)
+    want = torch.cat([out(model, noise[..., half], half) for half in halves], -1)
+    assert error(out(tiled(model, 16, 0), noise, slice(None)), want) < 1e-5
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_cores_easycache_would_mix_the_tiles(first):
+    from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
+
+    model, spec = model_of("flux")
+
+    def beside(node):
+        made = node.execute(model if first else tiled(model), 3.0, 0.0, 1.0, False)[0]
+        return tiled(made) if first else made
+
+    with pytest.raises(ValueError, match="EasyCache would give a tile what it kept of the one before"):
+        job(spec, noise_of(*SIDES))(beside(EasyCacheNode))
+    assert torch.isfinite(job(spec, noise_of(*SIDES), STEPS)(beside(LazyCacheNode))).all()
 
 
 def test_what_cannot_join_it_is_refused():
