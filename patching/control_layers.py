@@ -58,6 +58,23 @@ class Selection:
     layout: Layout | None = None
     told: Callable[[Layout], None] | None = None
 
+    @property
+    def remaining(self) -> Layout:
+        """The layout without what is left out."""
+        assert self.layout is not None
+        return Layout(self.layout.sizes, tuple(each for each in self.layout.layers if each not in self.left_out))
+
+    def within(self, earlier: "Selection") -> "Selection":
+        """Of what an earlier selection has left. ValueError where both are of other control nets."""
+        if earlier.layout is None:
+            return self
+        if self.layout is not None and self.layout.sizes != earlier.layout.sizes:
+            raise ValueError(
+                f"The relevance is of a ControlNet that gives {_told(self.layout.sizes)}, and this one, of which some are left "
+                f"out already, gives {_told(earlier.layout.sizes)}. Measure this ControlNet with Control Relevance."
+            )
+        return Selection(self.left_out | earlier.left_out, earlier.layout, self.told)
+
 
 class Selecting:
     """Mixed in before a class of control nets: everything but these is the class's own."""
@@ -74,7 +91,8 @@ class Selecting:
                 "Measure this ControlNet with Control Relevance."
             )
         if selection.told is not None:
-            selection.told(layout_of(found))
+            selection.told(layout_of(found) if selection.layout is None else selection.remaining)
+        _agrees(selection, found)
         for layer in selection.left_out:
             entries = list(found[layer.name])
             for i in layer.places:
@@ -97,6 +115,20 @@ def _told(sizes: Mapping[str, int]) -> str:
     return " and ".join(f"{count} {name}" for name, count in sizes.items()) + " residuals"
 
 
+def _agrees(selection: Selection, residuals: Mapping[str, Any]) -> None:
+    """ValueError where a net of as many residuals makes them from other blocks than the one that was measured."""
+    for name in {layer.name for layer in selection.left_out}:
+        out = {place for layer in selection.left_out if layer.name == name for place in layer.places}
+        entries = residuals[name]
+        gone = {id(entries[i]) for i in out if entries[i] is not None and entries[i].numel() > 1}
+        kept = [t for i, t in enumerate(entries) if i not in out and t is not None]
+        if any(id(t) in gone or t.numel() == 1 for t in kept):
+            raise ValueError(
+                "The relevance is of another ControlNet: this one gives as many residuals, but from other blocks. Measure "
+                "this ControlNet with Control Relevance."
+            )
+
+
 def _nothing(net: Any, residual: Any) -> torch.Tensor | None:
     """None, but a zero where the model adds without asking (Hunyuan-DiT)."""
     if residual is None or type(getattr(net, "control_model", None)).__name__ != "HunYuanControlNet":
@@ -105,10 +137,11 @@ def _nothing(net: Any, residual: Any) -> torch.Tensor | None:
 
 
 def select(net: Any, selection: Selection) -> Any:
-    """The given copy of a control net, now of a class that selects. ValueError where it is none of core's kind."""
+    """The given copy of a control net, now of a class that selects, of what it gives so far. ValueError where it is none
+    of core's kind."""
     kind = type(net)
     if issubclass(kind, Selecting):
-        kind = kind.__bases__[1]
+        kind, selection = kind.__bases__[1], selection.within(net.tessera_selection)
     if not isinstance(net, ControlBase) or kind.control_merge is not ControlBase.control_merge:
         raise ValueError(
             f"{kind.__name__} merges its residuals in its own way, so single ones cannot be left out. Load the ControlNet with "
@@ -171,6 +204,13 @@ class Passed(torch.nn.Module):
         return found if len(found) > 1 else found[0]
 
 
+class Unmade(torch.nn.Module):
+    """In the place of a projection: a residual of one number, which no other has."""
+
+    def forward(self, hidden, *args):
+        return hidden.new_zeros((1,) * hidden.ndim)
+
+
 def stacks_of(model: torch.nn.Module | None) -> tuple[Stack, ...]:
     """Empty where the blocks of this control net are not known."""
     kind = type(model)
@@ -213,7 +253,7 @@ def shortened(model: torch.nn.Module, layout: Layout, left_out: frozenset[Layer]
         start += count
         outs = getattr(model, stack.projections)
         single = not isinstance(outs, torch.nn.ModuleList)
-        kept = [p if (stack.name, i) in numbers else Passed((0,)) for i, p in enumerate([outs] if single else outs)]
+        kept = [p if (stack.name, i) in numbers else Unmade() for i, p in enumerate([outs] if single else outs)]
         made._modules[stack.blocks] = blocks[0] if single else torch.nn.ModuleList(blocks)
         made._modules[stack.projections] = kept[0] if single else torch.nn.ModuleList(kept)
     return made

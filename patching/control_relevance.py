@@ -206,18 +206,19 @@ def parsed(relevance: Any) -> Layout:
         raise ValueError("Select Control Layers got no relevance. Connect that of Control Relevance.") from error
 
 
-def kept_layers(relevance: Relevance, keep: int) -> frozenset[Layer]:
-    """The best of it by score; of equal ones the earlier."""
+def kept_layers(relevance: Relevance, keep: int, gone: frozenset[Layer] = frozenset()) -> frozenset[Layer]:
+    """The best of it by score, but for those that are gone; of equal ones the earlier."""
     ranked = sorted(zip(relevance["layers"], parsed(relevance).layers, strict=True), key=lambda pair: pair[0]["rank"])
-    return frozenset(layer for _, layer in ranked[:keep])
+    return frozenset([layer for _, layer in ranked if layer not in gone][:keep])
 
 
 def keep_layers(net: Any, relevance: Relevance, keep: int) -> tuple[Any, list[str]]:
     """(copy of the control net that gives its best residuals alone, lines about it)."""
+    before = getattr(net, "tessera_selection", Selection()).left_out  # by a node of this kind
     layout = parsed(relevance)
-    kept = kept_layers(relevance, keep)
-    left_out = frozenset(layout.layers) - kept
-    made = select(net.copy(), Selection(left_out, layout))
+    kept = kept_layers(relevance, keep, before)
+    made = select(net.copy(), Selection(frozenset(layout.layers) - kept, layout))
+    left_out, layout = made.tessera_selection.left_out, made.tessera_selection.layout
     blocks = _blocks(net, left_out, layout)
     told = f", {blocks['blocks_computed']} of {blocks['blocks']} control blocks are computed" if blocks else ""
     names = ", ".join(layer.words for layer in layout.layers if layer in kept)

@@ -89,7 +89,9 @@ def _same_size(pictures: dict[str, torch.Tensor], node: str) -> None:
 def together(node: str, **pictures: torch.Tensor | None) -> list[torch.Tensor]:
     """Pictures [B, H, W, C] and masks [B, H, W] of one size, each repeated to the largest batch, in the order given;
     None are left out. ValueError, one sentence, where sizes or batches differ or a value is not finite."""
-    found = {name: t for name, t in pictures.items() if t is not None}
+    found = {
+        name: t if t.ndim > 2 else t[None] for name, t in pictures.items() if t is not None
+    }  # a mask of one picture
     _same_size(found, node)
     rows = max(len(t) for t in found.values())
     return [t.expand(rows, *t.shape[1:]) for t in found.values()]

@@ -54,6 +54,8 @@ def test_one_picture_serves_a_batch():
     assert z.shape == y.shape and a.shape == (3, 5, 7)
     assert torch.allclose(z[2], 0.75 * y[2] + 0.25 * x[0], atol=1e-6)
     assert run_node(AlphaBlend, foreground=y, background=x).args[0].shape == y.shape
+    flat = run_node(AlphaBlend, foreground=x, background=y, alpha=torch.full((5, 7), 0.25)).args
+    assert torch.equal(flat[0], z) and torch.equal(flat[1], a), "a mask without a batch"
 
 
 def test_what_cannot_be_is_refused():

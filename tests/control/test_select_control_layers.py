@@ -231,6 +231,43 @@ def test_what_was_measured_on_another_net_is_refused():
         residuals(made, "xlabs")
 
 
+@pytest.mark.parametrize(
+    ("measured", "used", "name", "keep"),
+    [
+        (lambda: flux(3, 2), lambda: flux(5, 2), "flux", 1),
+        (lambda: flux(5, 2), lambda: flux(3, 2), "flux", 1),
+        (lambda: flux(3, 0), NETS["xlabs"], "xlabs", 1),
+        (NETS["xlabs"], lambda: flux(3, 0), "flux", 2),
+    ],
+    ids=["more blocks", "fewer blocks", "in turn", "not in turn"],
+)
+def test_another_net_with_as_many_residuals_is_refused(measured, used, name, keep):
+    """They come from other blocks there: one that is not computed would give the MODEL what no projection made."""
+    found, used = layout(measured(), "xlabs" if keep == 2 else "flux"), used()
+    assert found.sizes == layout(used, name).sizes
+    made, _ = kept(used, found, range(len(found.layers)), keep)
+    with pytest.raises(ValueError, match="from other blocks. Measure this ControlNet with Control Relevance"):
+        residuals(made, name)
+
+
+def test_a_net_that_selects_already_is_what_it_still_gives():
+    net = flux()
+    found = layout(net, "flux")
+    first, _ = kept(net, found, (0, 3, 1, 2, 4), 2)
+    again, lines = kept(first, found, (4, 3, 0, 1, 2), 1)
+    assert lines == ["1 of 5 residuals kept, 4 of 5 control blocks are computed", f"kept: {found.layers[3].words}"]
+    want = residuals(net, "flux")
+    for made, numbers in ((first, (0, 3)), (again, (3,)), (kept(first, found, range(5), 5)[0], (0, 3))):
+        places = {(found.layers[n].name, place) for n in numbers for place in found.layers[n].places}
+        for name, entries in residuals(made, "flux").items():
+            for i, entry in enumerate(entries):
+                assert same(entry, want[name][i] if (name, i) in places else None)
+    left = layout(first, "flux")
+    assert left.layers == (found.layers[0], found.layers[3]), "Control Relevance measures these alone"
+    with pytest.raises(ValueError, match="of which some are left out already"):
+        kept(first, layout(NETS["xlabs"](), "xlabs"), range(3), 1)
+
+
 def test_what_is_no_relevance_or_no_control_net_of_core_is_refused():
     found = layout(flux(), "flux")
     for bad in (
