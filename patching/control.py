@@ -38,12 +38,17 @@ def when_inputs() -> list[Any]:
     ]  # fmt: skip
 
 
+def rgb(image: torch.Tensor) -> torch.Tensor:
+    """image [B, H, W, C] -> [B, H, W, 3]: without alpha, grey three times."""
+    return image[..., :3] if image.shape[-1] >= 3 else image[..., :1].expand(*image.shape[:-1], 3)
+
+
 def encode(model, vae, image: torch.Tensor, what: str) -> torch.Tensor:
     """image [B, H, W, 3 or more] 0..1 -> latent [B, C, (T,) h, w] as the diffusion model sees it, fp32 on the CPU. For a video
     VAE the images are the frames of one clip. ValueError where the VAE is another model's."""
     if vae is None:
         raise ValueError(f"{what} needs a VAE to encode its image with. Connect the one that belongs to this MODEL.")
-    return to_model(model, vae.encode(image[..., :3]), what)
+    return to_model(model, vae.encode(rgb(image)), what)
 
 
 def to_model(model, latent: torch.Tensor, what: str) -> torch.Tensor:

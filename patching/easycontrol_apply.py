@@ -4,7 +4,7 @@ import comfy.utils
 import torch
 
 from ..methods.control.easycontrol import EasyControlWeights
-from .control import encode, to_model
+from .control import encode, rgb, to_model
 from .easycontrol import NAME, EasyControlFeature
 from .run import attach
 from .widgets import percents
@@ -16,7 +16,7 @@ GREY = 0.5
 def prepared(image: torch.Tensor, subject: bool, side: int) -> torch.Tensor:
     """image [B, H, W, C] -> [B, side, side, 3]. A layout is stretched to the square, its token positions are stretched
     back; a subject keeps its proportions between grey edges (sections 3.3 and 4 of the paper, and its code)."""
-    pixels = image[..., :3].movedim(-1, 1)
+    pixels = rgb(image).movedim(-1, 1)
     if not subject:
         return comfy.utils.common_upscale(pixels, side, side, "lanczos", "disabled").movedim(1, -1)
     height, width = pixels.shape[-2:]

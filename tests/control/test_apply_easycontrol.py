@@ -6,6 +6,8 @@ from easycontrol_helper import forward
 from easycontrol_nodes import NAME, applied, conditions, latent, network_calls
 from nodes_helper import Job, error, facts, model_of
 
+from tessera.patching.easycontrol_apply import prepared
+
 CASES = {
     "one layout": [{"seed": 1}],
     "a layout of odd size": [{"seed": 1, "h": 5, "w": 3}],
@@ -203,3 +205,13 @@ def test_a_network_that_takes_a_second_latent_is_refused():
     feature = applied(model).model_options["transformer_options"]["tessera_features"][0]
     with pytest.raises(ValueError, match="this MODEL takes 96"):
         feature._takes(96)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("subject", [False, True])
+def test_images_of_any_channels_fill_the_square(channels, subject):
+    image = torch.linspace(0, 1, 20 * 30).reshape(1, 20, 30, 1).repeat(1, 1, 1, channels)
+    made = prepared(image, subject, 64)
+    assert made.shape == (1, 64, 64, 3)
+    top = made[0, 0, :, 0]
+    assert torch.allclose(top, torch.full_like(top, 0.5)) == subject  # grey above what is wider than high
