@@ -1,5 +1,6 @@
 """What tests of samplers share: SamplerCustomAdvanced on a tiny model, and the digit model with its words."""
 
+import atexit
 import functools
 
 import comfy.samplers
@@ -55,6 +56,9 @@ def run(model, spec, sampler, sigmas, cfg=3.0, latent=None, batch=1, **rest):
 def digits():
     """The digit model. Clone it before patching."""
     return load(ROOT / "models/digits_flux.safetensors")
+
+
+atexit.register(digits.cache_clear)  # ComfyUI's ModelPatcher cannot be collected after its modules
 
 
 def half():
