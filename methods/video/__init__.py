@@ -1,0 +1,1 @@
+"""Long clips: which frames are given, and what is kept between blocks."""
