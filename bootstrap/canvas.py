@@ -110,7 +110,7 @@ def _depths(graph: dict[str, Any]) -> dict[str, int]:
 
 
 def _text_height(text: str) -> int:
-    return LINE * (2 + len(text) // 38)
+    return LINE * max(3, 2 + len(text) // 38)  # the canvas makes no note lower
 
 
 def _note(number: int, text: str, position: list[int]) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class TrainEasycontrol(io.ComfyNode):
                     tooltip="Size of a step; it rises at the start and falls towards the end. 1e-4 for FLUX.1, 1e-3 for small models."),
                 io.Float.Input("prompt_dropout", default=0.1, min=0.0, max=1.0, step=0.01, round=0.001, advanced=True,
                     tooltip="Share of steps that learn without a prompt, 0 to 1, where negative is connected."),
-                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF,
+                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=False,
                     tooltip="Seed of the first weights, of the order and of the noise."),
                 io.String.Input("filename", default="easycontrol",
                     tooltip="Name of the file in models/controlnet, without folder; a number is added, nothing is overwritten."),

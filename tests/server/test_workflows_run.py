@@ -46,6 +46,8 @@ def quick(graph):
     for node in graph.values():
         if isinstance(node["inputs"].get("steps"), int):
             node["inputs"]["steps"] = min(8 if planned else FEW, node["inputs"]["steps"])
+        if isinstance(node["inputs"].get("record_steps"), int):
+            node["inputs"]["record_steps"] = min(FEW, node["inputs"]["record_steps"])
         if isinstance(node["inputs"].get("repeats"), int):
             node["inputs"]["repeats"] = 1
     return graph
