@@ -110,7 +110,7 @@ def main() -> None:
     with torch.inference_mode():
         net = network(args.width, args.blocks, args.device)
         found = {name: measure(net, *case, args.rounds) for name, case in CASES.items()}
-    print(json.dumps({"machine": machine(torch.device(args.device)), **found}, indent=2))
+    print(json.dumps({"machine": machine(args.device), **found}, indent=2))
     missed = [name for name, row in found.items() if row["time_ratio"] < SHARE * row["flop_ratio"]]
     for name in missed:
         print(f"missed: {name}: {found[name]['time_ratio']:.3f} of {found[name]['flop_ratio']:.3f}", file=sys.stderr)

@@ -11,6 +11,7 @@ from comfy_api.latest import io
 from comfy_extras.nodes_custom_sampler import Noise_RandomNoise
 
 from ..methods.measure.control_change import change, chart
+from .control import rgb
 from .control_layers import Layer, Layout, Selection, counted, select
 from .run import features_of
 from .sampling import Job, Outcome, Progress, metered, sample
@@ -54,7 +55,7 @@ class Control:
             before = extra.get("control")
             if before not in nets:
                 net = select(self.net.copy(), selection)
-                hint = self.image[..., :3].movedim(-1, 1)
+                hint = rgb(self.image).movedim(-1, 1)
                 nets[before] = net.set_cond_hint(hint, self.strength, (0.0, 1.0), vae=self.vae)
                 net.set_previous_controlnet(before)
             found.append([text, {**extra, "control": nets[before], "control_apply_to_uncond": False}])

@@ -17,7 +17,7 @@ from ..methods.control.dit4sr import Dit4sr, build
 from .attention_around import KeyFeature
 from .blocks import BlockFeature, BlockPosition, Streams, block_path, positions
 from .cache_blocks import StackCache
-from .control import ControlFeature, encode, spread
+from .control import ControlFeature, encode, rgb, spread
 from .dit4sr_inside import Call, Inside, acts
 from .dynamic_grain import DynamicGrain
 from .dynamic_tokens import DynamicTokens
@@ -209,7 +209,7 @@ class Dit4srFeature(ControlFeature, BlockFeature, KeyFeature):
 def enlarged(image: torch.Tensor, upscale: float, step: int) -> torch.Tensor:
     """image [B, H, W, C] 0..1 -> bicubic, `upscale` times as large, sides cut down to multiples of `step`."""
     height, width = (max(step, int(side * upscale + 1e-6) // step * step) for side in image.shape[1:3])
-    channels = image[..., :3].movedim(-1, 1).float()
+    channels = rgb(image).movedim(-1, 1).float()
     large = torch.nn.functional.interpolate(channels, (height, width), mode="bicubic", antialias=True)
     return large.clamp(0, 1).movedim(1, -1)
 

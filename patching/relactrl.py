@@ -18,7 +18,7 @@ from ..methods.files.place import CONVERTER
 from ..methods.weight_files import read_weights
 from .blocks import BlockFeature, BlockPosition, Streams
 from .cache_blocks import StackCache
-from .control import ControlFeature, encode, spread, to_model
+from .control import ControlFeature, encode, rgb, spread, to_model
 from .forward import Forward
 from .memory import grid_of
 from .run import Run, attach, current_forward
@@ -242,7 +242,7 @@ def of_image(model, vae, image: torch.Tensor) -> Condition:
     def condition(shape: tuple[int, ...]) -> torch.Tensor:
         cell = vae.spacial_compression_encode()
         height, width = shape[-2] * cell, shape[-1] * cell
-        pixels = image[..., :3].movedim(-1, 1)
+        pixels = rgb(image).movedim(-1, 1)
         if pixels.shape[2:] != (height, width):
             way = "area" if pixels.shape[2] > height or pixels.shape[3] > width else "bilinear"
             pixels = comfy.utils.common_upscale(pixels, width, height, way, "center")
