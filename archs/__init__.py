@@ -30,8 +30,10 @@ def all_archs() -> dict[tuple[str, str], Arch]:
 def find(diffusion_model: Any) -> Arch | None:
     """The family of this model, by its exact class; None for a model we do not know (a subclass, or another package's
     class of the same name, counts as unknown: it may lay its tokens out differently). A model of diffusers names its
-    class there as `bridged`."""
+    class there as `bridged`, a network of our own as `network`."""
     kind = type(diffusion_model)
+    if (ours := kind.__dict__.get("network")) is not None:
+        return all_archs().get(("networks", ours))
     if (bridged := getattr(kind, "bridged", None)) is not None:
         return all_archs().get(("diffusers", bridged.__name__))
     if not kind.__module__.startswith("comfy.ldm."):

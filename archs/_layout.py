@@ -77,7 +77,7 @@ class Arch:
     calls outside the listed blocks (text refiners, audio) are of kind "other"."""
 
     name: str  # words for messages, e.g. "Flux"
-    home: str  # package below comfy.ldm that defines the classes, e.g. "flux"; "diffusers" for those of diffusers
+    home: str  # package below comfy.ldm that defines the classes, e.g. "flux"; else "diffusers", or "networks" for ours
     classes: tuple[str, ...]  # class names of the diffusion model
     blocks: tuple[Blocks, ...]
     grid: Callable[[Any, Latent], Grid]  # (diffusion model, its x) -> token grid

@@ -2,26 +2,24 @@
 
 import inspect
 import logging
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import comfy.model_management
 import comfy.model_patcher
-import torch
 
 from .. import archs
 from .diffusers_blocks import offer
 from .diffusers_files import beside, read_config, read_tensors, weight_files
 from .diffusers_latents import latents_of
-from .diffusers_model import SWAPPED, Bridge, BridgedModel, settings, swap_layers
+from .diffusers_model import Bridge, BridgedModel, settings
 from .diffusers_sampling import noise_of
 from .diffusers_table import TABLE, Row
+from .layers import DTYPES, choose_dtype, place, unplaced
 
 log = logging.getLogger("tessera")
 NODE = "Load Diffusers Model"
 MOST_LAYERS, MOST_SIZE = 1000, 1 << 17  # more than any model has
-DTYPES = {"default": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def load(path: str, weight_dtype: str = "default", disable_dynamic: bool = False):
@@ -40,7 +38,7 @@ def load(path: str, weight_dtype: str = "default", disable_dynamic: bool = False
     weights = read_tensors(weight_files(chosen), shapes, ignored)
     family = settings(row, config, noise, latents)
     device = comfy.model_management.get_torch_device()
-    dtype = _dtype(family, weights, DTYPES[weight_dtype], device)
+    dtype = choose_dtype(family, weights, DTYPES[weight_dtype], device)
     place(model, weights, dtype, family.manual_cast_dtype or dtype)
     offer(model, archs.find(model))
     patcher = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
@@ -109,51 +107,3 @@ def _check(name: str, key: str, value: Any, several: bool) -> None:
 def _line(error: BaseException) -> str:
     """The first line of what an error says, not too long."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
-
-
-@contextmanager
-def unplaced():
-    """Parameters made inside go to the meta device at once; buffers, which hold tables, stay. For one thread only, as
-    ComfyUI's nodes run."""
-    register = torch.nn.Module.register_parameter
-
-    def on_meta(module, name, parameter):
-        if parameter is not None:
-            parameter = torch.nn.Parameter(parameter.to("meta"), requires_grad=False)
-        register(module, name, parameter)
-
-    torch.nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
-
-
-def _dtype(family, weights: dict[str, torch.Tensor], asked: torch.dtype | None, device) -> torch.dtype:
-    """The dtype of the weights, and in the family what they are computed in."""
-    count, management = sum(w.numel() for w in weights.values()), comfy.model_management
-    own = max({w.dtype for w in weights.values()}, key=lambda kind: sum(w.dtype == kind for w in weights.values()))
-    supported = list(family.supported_inference_dtypes)
-    dtype = asked or management.unet_dtype(model_params=count, supported_dtypes=supported, weight_dtype=own)
-    family.set_inference_dtype(dtype, management.unet_manual_cast(dtype, device, supported), device=device)
-    return dtype
-
-
-def place(model: Any, weights: dict[str, torch.Tensor], dtype: torch.dtype, computed: torch.dtype) -> None:
-    """The weights into the model: of layers that ComfyUI casts in `dtype`, others as they are computed, and in fp32 what
-    the class keeps so."""
-    kept = getattr(type(model), "_keep_in_fp32_modules", None) or ()
-    cast = {
-        f"{path}.{name}"
-        for path, layer in model.named_modules()
-        if type(layer) in SWAPPED
-        for name in layer._parameters
-    }
-    for key in list(weights):
-        own = dtype if key in cast else computed
-        weights[key] = weights[key].to(torch.float32 if any(part in key.split(".") for part in kept) else own)
-    model.load_state_dict(weights, strict=True, assign=True)
-    model.weight_dtype = dtype
-    model.requires_grad_(False)
-    model.eval()
-    swap_layers(model)

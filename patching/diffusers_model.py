@@ -25,14 +25,6 @@ REFUSED = {  # keys of CONDITIONING that would be lost on every bridged class
     "gligen": "GLIGEN boxes",
     "control": "a ControlNet",
 }
-SWAPPED = {  # layers whose weights ComfyUI can offload, cast and patch one by one
-    torch.nn.Linear: comfy.ops.manual_cast.Linear,
-    torch.nn.Conv2d: comfy.ops.manual_cast.Conv2d,
-    torch.nn.Conv3d: comfy.ops.manual_cast.Conv3d,
-    torch.nn.LayerNorm: comfy.ops.manual_cast.LayerNorm,
-    torch.nn.RMSNorm: comfy.ops.manual_cast.RMSNorm,
-    torch.nn.Embedding: comfy.ops.manual_cast.Embedding,
-}
 
 
 class Bridge(torch.nn.Module):
@@ -69,16 +61,6 @@ class Bridge(torch.nn.Module):
 
     def _ragged(self, sides) -> bool:
         return any(side % part for side, part in zip(sides, self.row.patch(self.config), strict=True))
-
-
-def swap_layers(model: torch.nn.Module) -> None:
-    """Turns plain layers of torch into those of ComfyUI, in place."""
-    for module in model.modules():
-        ours = SWAPPED.get(type(module))
-        if ours is not None:
-            module.__class__ = ours
-            if getattr(module, "bias", None) is None:
-                module.bias = None
 
 
 def settings(row: Row, config: dict[str, Any], noise: Noise, latents) -> comfy.supported_models_base.BASE:

@@ -2,7 +2,8 @@ import folder_paths
 from comfy_api.latest import io
 
 from ...patching.diffusers_files import choices
-from ...patching.diffusers_load import DTYPES, load
+from ...patching.diffusers_load import load
+from ...patching.layers import DTYPES
 
 FOLDERS = ("diffusers", "diffusion_models")
 

@@ -1,0 +1,1 @@
+"""Networks that neither ComfyUI nor a package it brings has, in plain torch over our kernels."""
