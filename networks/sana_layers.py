@@ -41,18 +41,16 @@ class Sizes:
 
 
 class Chunk(Protocol):
-    """The clip before the frames that one call computes, block by block, and what these leave behind."""
+    """The clip before the frames that one call computes, block by block, and what these leave behind. options: the call's
+    transformer_options, with its block_index."""
 
-    def attend(self, block: int, q, k, v, q_rot, k_rot) -> torch.Tensor:
+    def attend(self, options: dict[str, Any], q, k, v, q_rot, k_rot) -> torch.Tensor:
         """[B, H, N, D] each, as linear_attention takes them -> [B, H, N, D], over this chunk and what it may see."""
         ...
 
-    def frame_before(self, block: int) -> torch.Tensor | None:
-        """[B, H W, C], the last frame that entered this block's convolution over time; None at the start."""
-        ...
-
-    def frames(self, block: int, x: torch.Tensor, count: int) -> None:
-        """x [B, T H W, C] of `count` frames enter it now."""
+    def frame_before(self, options: dict[str, Any], x: torch.Tensor, frames: int) -> torch.Tensor | None:
+        """x [B, T H W, C] of `frames` frames enters this block's convolution over time -> the frame that entered last before
+        it [B, H W, C]; None at the start."""
         ...
 
 
@@ -106,10 +104,8 @@ class FeedForward(nn.Module):
         frames, *sides = grid
         y = F.silu(self.conv_inverted(x)).unflatten(1, (frames, -1)).flatten(0, 1)
         y = self.conv_point(self.conv_depth(y, sides)).unflatten(0, (-1, frames)).flatten(1, 2)
-        chunk, block = transformer_options.get(CHUNK), transformer_options.get("block_index")
-        before = None if chunk is None else chunk.frame_before(block)
-        if chunk is not None:
-            chunk.frames(block, y, frames)
+        chunk = transformer_options.get(CHUNK)
+        before = None if chunk is None else chunk.frame_before(transformer_options, y, frames)
         return y + self.conv_temp(y, frames, before)
 
 
@@ -140,7 +136,7 @@ class LinearAttention(Attention):
         if chunk is None:
             out = linear_attention(*given, "relu", "sum", EPS)[0]
         else:
-            out = chunk.attend(transformer_options["block_index"], *given)
+            out = chunk.attend(transformer_options, *given)
         return self.to_out[0](out.transpose(1, 2).flatten(2).to(x.dtype))
 
 

@@ -1,0 +1,192 @@
+"""What SANA-Video keeps of finished chunks of a clip (arXiv 2509.24695, section 3.3): in every block of the network the sums
+of its linear attention's keys and values, and the last frame that entered its convolution over time. Its size knows
+nothing of the clip's length; with a window it is a ring of the sums of that many chunks."""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..kernels.conv.temporal_conv import next_cache
+from ..kernels.linear.block_causal import block_causal
+from ..kernels.linear.linear_attention import linear_attention
+from ..methods.sampling import few_step
+from ..networks.sana_layers import CHUNK, EPS
+from .block_memory import CURRENT, Block, BlockMemory, Slot
+from .block_sampler import BlockSampler
+from .sana_video import SanaVideo
+
+NODE = "Block Linear Video Sampler"
+STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+KERNEL = 3  # frames under the convolution over time
+Key = tuple[Slot, int]  # whose rows, block of the network
+ROLES = {0: "positive", 1: "negative"}
+
+
+class LinearMemory(BlockMemory):
+    """window: chunks that are looked back on, 0 for all."""
+
+    def __init__(self, guider: Any, options: dict[str, Any], node: str, window: int, dtype: str):
+        model = guider.model_patcher.model.diffusion_model
+        if not isinstance(model, SanaVideo):
+            raise ValueError(
+                f"{node} needs a model whose self-attention is linear, and this MODEL is {type(model).__name__}. Connect Load "
+                "SANA-Video, or use Block Video Sampler."
+            )
+        if model.sizes.patch[0] != 1:
+            raise ValueError(
+                f"{node} needs frames that are tokens of their own; this model joins {model.sizes.patch[0]}."
+            )
+        self.node, self.window, self.dtype = node, window, STATE_DTYPES[dtype]
+        self.layers = len(model.transformer_blocks)
+        self.positions = dict(options.get("rope_options") or {})
+        self.sums: dict[Key, torch.Tensor] = {}  # [R, B, H, W], R = 1 or the ring: chunk c at c % R
+        self.frames: dict[Key, torch.Tensor] = {}  # [B, S, C]
+        self.made: dict[Key, dict[str, torch.Tensor]] = {}  # by the commit pass: sums [B, H, W], frame
+        self.totals: dict[tuple[Key, ...], torch.Tensor] = {}  # of rings, for the chunk that is sampled [B, H, W]
+        self.block: Block | None = None
+        self.commits_now = False
+
+    def open(self, options: dict[str, Any], block: Block) -> None:
+        if self.block is not block:
+            self.totals = {}
+        self.block, self.made, self.commits_now = block, {}, block.commit
+        shift = self.positions.get("shift_t", 0.0) + block.first * self.positions.get("scale_t", 1.0)
+        options["rope_options"] = {**self.positions, "shift_t": shift}
+        options[CHUNK] = self
+
+    def _keys(self, options: dict[str, Any]) -> list[Key]:
+        block = options[CURRENT]
+        return [(slot, options["block_index"]) for slot in block.rows(options)]
+
+    def _past(self, keys: list[Key], of: dict[Key, torch.Tensor]) -> list[torch.Tensor] | None:
+        """What is held for these rows; None in the first chunk. ValueError where a prompt has none."""
+        assert self.block is not None
+        if not self.block.number:
+            return None
+        for (role, number), _ in (key for key in keys if key not in of):
+            raise ValueError(
+                f"{self.node}: nothing is kept of the finished frames for {ROLES.get(role, f'prompt {role}')} {number + 1}. Give "
+                "every chunk the same number of prompts and the cfg of the run that was begun."
+            )
+        return [of[key] for key in keys]
+
+    def attend(self, options: dict[str, Any], q, k, v, q_rot, k_rot) -> torch.Tensor:
+        """[B, H, N, D] -> [B, H, N, D], over the finished chunks and all of this one."""
+        keys = self._keys(options)
+        past = self._total(keys)
+        out, _, states = block_causal(q, k, v, [0, q.shape[2]], past, q_rot, k_rot, "relu", "sum", EPS)
+        if self.commits_now:
+            if self.window and past is not None:  # the ring takes this chunk's own sums
+                states = linear_attention(q, k, v, q_rot, k_rot, "relu", "sum", EPS)[2]
+            for key, rows in zip(keys, states[:, :, -1].chunk(len(keys)), strict=True):
+                self.made.setdefault(key, {})["sums"] = rows.to(self.dtype, copy=True)
+        return out
+
+    def _total(self, keys: list[Key]) -> torch.Tensor | None:
+        """Sums over the finished chunks, fp32 [B, H, W]. A ring is added up once a chunk, from its first place on: so a
+        continued clip has the same bits."""
+        held = self._past(keys, self.sums)
+        if held is None:
+            return None
+        if not self.window:
+            return torch.cat([one[0] for one in held]).float()
+        if tuple(keys) not in self.totals:
+            total = torch.zeros_like(held[0][0], dtype=torch.float32).repeat(len(held), 1, 1)
+            for at in range(len(held[0])):
+                total += torch.cat([ring[at] for ring in held])
+            self.totals[tuple(keys)] = total
+        return self.totals[tuple(keys)]
+
+    def frame_before(self, options: dict[str, Any], x: torch.Tensor, frames: int) -> torch.Tensor | None:
+        """x [B, T S, C] -> [B, S, C]."""
+        keys = self._keys(options)
+        held = self._past(keys, self.frames)
+        if self.commits_now:
+            last = next_cache(x, frames, KERNEL)
+            for key, rows in zip(keys, last.chunk(len(keys)), strict=True):
+                self.made.setdefault(key, {})["frame"] = rows.clone()
+        return None if held is None else torch.cat(held).to(x)
+
+    def finished(self, block: Block) -> None:
+        """ValueError where the commit pass did not reach every block of the network."""
+        made, self.made, committed, self.commits_now = self.made, {}, self.commits_now, False
+        if not committed:
+            return
+        slots = {slot for slot, _ in made}
+        whole = [key for key, value in made.items() if len(value) == 2]
+        if not whole or len(whole) < self.layers * len(slots):
+            raise ValueError(
+                f"{self.node}: {len(whole)} of {self.layers * max(len(slots), 1)} blocks of the network were computed over finished "
+                "frames, because another node answered for the others. Take that node off."
+            )
+        ring = min(self.window, len(block.boundaries) - 1) if self.window else 1
+        for key, new in made.items():
+            sums = new["sums"]
+            if key not in self.sums or len(self.sums[key]) < ring:
+                self.sums[key] = self._ring(self.sums.get(key), ring, block.number, sums)
+            self.sums[key][block.number % ring] = sums
+            self.frames[key] = new["frame"]
+
+    def _ring(self, old: torch.Tensor | None, size: int, count: int, like: torch.Tensor) -> torch.Tensor:
+        """Room for `size` chunks, with the newest of `count` finished ones from a smaller ring in their places."""
+        made = like.new_zeros(size, *like.shape)
+        for chunk in range(max(0, count - len(old)), count) if old is not None else ():
+            made[chunk % size] = old[chunk % len(old)]
+        return made
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        kinds = {"sums": self.sums, "frame": self.frames}
+        tensors = {
+            f"{kind}.{role}.{number}.{layer}": value.cpu().clone()
+            for kind, held in kinds.items()
+            for ((role, number), layer), value in held.items()
+        }
+        return tensors, self._facts()
+
+    def _facts(self) -> dict[str, Any]:
+        return {"num_cached_blocks": self.window, "state_dtype": str(self.dtype)[6:], "layers": self.layers}
+
+    def restore(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any], device: torch.device) -> None:
+        for name, own in self._facts().items():
+            if facts.get(name) != own:
+                raise ValueError(
+                    f"{self.node} got a video state with {name} {facts.get(name)}, and here it is {own}. Set it as it was when the "
+                    "clip was begun."
+                )
+        for name, value in tensors.items():
+            kind, *numbers = name.split(".")
+            role, number, layer = map(int, numbers)
+            held = self.sums if kind == "sums" else self.frames
+            held[(role, number), layer] = value.to(device, copy=True)
+
+    def held_bytes(self) -> int:
+        return sum(
+            t.numel() * t.element_size() for held in (self.sums, self.frames, self.totals) for t in held.values()
+        )
+
+
+@dataclass
+class BlockLinearSampler(BlockSampler):
+    """SAMPLER. levels: the noise levels of every chunk, whatever the graph's sigmas are."""
+
+    levels: tuple[float, ...] = ()
+
+    def sample(self, model_wrap, sigmas, *args, **kwargs):
+        return super().sample(model_wrap, sigmas.new_tensor(self.levels), *args, **kwargs)
+
+
+def levels_of(steps: str, shift: float) -> torch.Tensor:
+    """SIGMAS of time steps of 1000, through the shift of a flow; a last 0. ValueError where they do not fall."""
+    found = few_step.numbers(steps, "denoise_steps", 1000)
+    return torch.FloatTensor([*(few_step.shifted(t / 1000, shift) for t in found), 0.0])
+
+
+def sampler_of(
+    frames_per_block: int, levels: torch.Tensor, window: int, context_noise: float, state_dtype: str, **more: Any
+) -> BlockLinearSampler:
+    """window: -1 or 0 for all finished chunks. more: what BlockSampler takes besides."""
+    memory = functools.partial(LinearMemory, node=NODE, window=max(0, window), dtype=state_dtype)
+    own = tuple(map(float, levels))
+    return BlockLinearSampler(NODE, frames_per_block, memory, context_noise=context_noise, levels=own, **more)
