@@ -2,8 +2,6 @@
 of its linear attention's keys and values, and the last frame that entered its convolution over time. Its size knows
 nothing of the clip's length; with a window it is a ring of the sums of that many chunks."""
 
-import functools
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,13 +9,9 @@ import torch
 from ..kernels.conv.temporal_conv import next_cache
 from ..kernels.linear.block_causal import block_causal
 from ..kernels.linear.linear_attention import linear_attention
-from ..methods.sampling import few_step
 from ..networks.sana_layers import CHUNK, EPS
 from .block_memory import CURRENT, Block, BlockMemory, Slot
-from .block_sampler import BlockSampler
-from .sana_video import SanaVideo
 
-NODE = "Block Linear Video Sampler"
 STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 KERNEL = 3  # frames under the convolution over time
 Key = tuple[Slot, int]  # whose rows, block of the network
@@ -25,24 +19,14 @@ ROLES = {0: "positive", 1: "negative"}
 
 
 class LinearMemory(BlockMemory):
-    """window: chunks that are looked back on, 0 for all."""
+    """window: chunks that are looked back on, 0 for all. positions: the MODEL's own rope_options."""
 
-    def __init__(self, guider: Any, options: dict[str, Any], node: str, window: int, dtype: str):
-        model = guider.model_patcher.model.diffusion_model
-        if not isinstance(model, SanaVideo):
-            raise ValueError(
-                f"{node} needs a model whose self-attention is linear, and this MODEL is {type(model).__name__}. Connect Load "
-                "SANA-Video, or use Block Video Sampler."
-            )
-        if model.sizes.patch[0] != 1:
-            raise ValueError(
-                f"{node} needs frames that are tokens of their own; this model joins {model.sizes.patch[0]}."
-            )
-        self.node, self.window, self.dtype = node, window, STATE_DTYPES[dtype]
-        self.layers = len(model.transformer_blocks)
-        self.positions = dict(options.get("rope_options") or {})
+    def __init__(self, node: str, layers: int, window: int, dtype: str, positions: dict[str, Any]):
+        self.node, self.layers, self.window, self.dtype = node, layers, window, STATE_DTYPES[dtype]
+        self.positions = positions
+        self.frames = self.most = 0  # finished frames that it stands for; bytes held at most
         self.sums: dict[Key, torch.Tensor] = {}  # [R, B, H, W], R = 1 or the ring: chunk c at c % R
-        self.frames: dict[Key, torch.Tensor] = {}  # [B, S, C]
+        self.last: dict[Key, torch.Tensor] = {}  # frame [B, S, C]
         self.made: dict[Key, dict[str, torch.Tensor]] = {}  # by the commit pass: sums [B, H, W], frame
         self.totals: dict[tuple[Key, ...], torch.Tensor] = {}  # of rings, for the chunk that is sampled [B, H, W]
         self.block: Block | None = None
@@ -102,7 +86,7 @@ class LinearMemory(BlockMemory):
     def frame_before(self, options: dict[str, Any], x: torch.Tensor, frames: int) -> torch.Tensor | None:
         """x [B, T S, C] -> [B, S, C]."""
         keys = self._keys(options)
-        held = self._past(keys, self.frames)
+        held = self._past(keys, self.last)
         if self.commits_now:
             last = next_cache(x, frames, KERNEL)
             for key, rows in zip(keys, last.chunk(len(keys)), strict=True):
@@ -112,6 +96,7 @@ class LinearMemory(BlockMemory):
     def finished(self, block: Block) -> None:
         """ValueError where the commit pass did not reach every block of the network."""
         made, self.made, committed, self.commits_now = self.made, {}, self.commits_now, False
+        self.most, self.totals = max(self.most, self.held_bytes()), {}
         if not committed:
             return
         slots = {slot for slot, _ in made}
@@ -127,7 +112,8 @@ class LinearMemory(BlockMemory):
             if key not in self.sums or len(self.sums[key]) < ring:
                 self.sums[key] = self._ring(self.sums.get(key), ring, block.number, sums)
             self.sums[key][block.number % ring] = sums
-            self.frames[key] = new["frame"]
+            self.last[key] = new["frame"]
+        self.frames, self.most = block.last, max(self.most, self.held_bytes())
 
     def _ring(self, old: torch.Tensor | None, size: int, count: int, like: torch.Tensor) -> torch.Tensor:
         """Room for `size` chunks, with the newest of `count` finished ones from a smaller ring in their places."""
@@ -137,7 +123,7 @@ class LinearMemory(BlockMemory):
         return made
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        kinds = {"sums": self.sums, "frame": self.frames}
+        kinds = {"sums": self.sums, "frame": self.last}
         tensors = {
             f"{kind}.{role}.{number}.{layer}": value.cpu().clone()
             for kind, held in kinds.items()
@@ -158,35 +144,8 @@ class LinearMemory(BlockMemory):
         for name, value in tensors.items():
             kind, *numbers = name.split(".")
             role, number, layer = map(int, numbers)
-            held = self.sums if kind == "sums" else self.frames
+            held = self.sums if kind == "sums" else self.last
             held[(role, number), layer] = value.to(device, copy=True)
 
     def held_bytes(self) -> int:
-        return sum(
-            t.numel() * t.element_size() for held in (self.sums, self.frames, self.totals) for t in held.values()
-        )
-
-
-@dataclass
-class BlockLinearSampler(BlockSampler):
-    """SAMPLER. levels: the noise levels of every chunk, whatever the graph's sigmas are."""
-
-    levels: tuple[float, ...] = ()
-
-    def sample(self, model_wrap, sigmas, *args, **kwargs):
-        return super().sample(model_wrap, sigmas.new_tensor(self.levels), *args, **kwargs)
-
-
-def levels_of(steps: str, shift: float) -> torch.Tensor:
-    """SIGMAS of time steps of 1000, through the shift of a flow; a last 0. ValueError where they do not fall."""
-    found = few_step.numbers(steps, "denoise_steps", 1000)
-    return torch.FloatTensor([*(few_step.shifted(t / 1000, shift) for t in found), 0.0])
-
-
-def sampler_of(
-    frames_per_block: int, levels: torch.Tensor, window: int, context_noise: float, state_dtype: str, **more: Any
-) -> BlockLinearSampler:
-    """window: -1 or 0 for all finished chunks. more: what BlockSampler takes besides."""
-    memory = functools.partial(LinearMemory, node=NODE, window=max(0, window), dtype=state_dtype)
-    own = tuple(map(float, levels))
-    return BlockLinearSampler(NODE, frames_per_block, memory, context_noise=context_noise, levels=own, **more)
+        return sum(t.numel() * t.element_size() for held in (self.sums, self.last, self.totals) for t in held.values())
