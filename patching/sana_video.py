@@ -128,7 +128,7 @@ class SanaVideoModel(comfy.model_base.HiDream):
         if text.shape[-1] != width:
             raise ValueError(
                 f"{NAME} was made for text of width {width}, and this CONDITIONING has {text.shape[-1]}. Encode the prompt with "
-                "Gemma 2 2B (Load CLIP, type lumina2)."
+                "Gemma 2 2B (Load CLIP, type pixeldit)."
             )
         found["c_crossattn"] = comfy.conds.CONDRegular(text)
         if mask is not None and not bool((mask == 1).all()):
