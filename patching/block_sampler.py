@@ -16,6 +16,7 @@ from ..methods.video import blocks as plan
 from . import block_stop
 from .block_memory import CURRENT, Block, BlockMemory
 from .block_window import FRAMES, BlockWindow
+from .run import RUN
 from .video_state import Snapshot, VideoState
 
 MakeMemory = Callable[[Any, dict[str, Any]], BlockMemory]  # of the guider and the run's transformer_options
@@ -163,6 +164,8 @@ class _Loop:
         began = [made for start, made in self.prompts if start <= block.number]
         self.window.show(block, clean, (self.guider.conds["positive"], began[-1]) if began else None)
         self.transformer[CURRENT] = block
+        if (run := self.transformer.get(RUN)) is not None:
+            run.whole = block.commit  # no cache may answer where the memory stores
         self.memory.open(self.transformer, block)
 
     def _block(self, block: Block, blocks: int, nth: int) -> None:

@@ -1,29 +1,12 @@
 """VIDEO_STATE: what a block sampler needs to go on with a clip, on the CPU."""
 
-from dataclasses import dataclass
-from typing import Any
-
-import torch
 from comfy_api.latest import io
 
+from ..methods.video.state_file import Snapshot
+
+__all__ = ["Snapshot", "VideoState", "VideoStateSocket"]
+
 VideoStateSocket = io.Custom("TESSERA_VIDEO_STATE")
-
-
-@dataclass(frozen=True, eq=False)
-class Snapshot:
-    """A clip up to its newest finished block. latent [B, C, frames, H, W] fp32 as the model sees it; tensors and facts are
-    the memory's own."""
-
-    latent: torch.Tensor
-    boundaries: list[int]  # 0 .. frames
-    model: str  # class of the diffusion model
-    memory: str  # class of the memory
-    tensors: dict[str, torch.Tensor]
-    facts: dict[str, Any]
-
-    @property
-    def frames(self) -> int:
-        return self.boundaries[-1]
 
 
 class VideoState:
