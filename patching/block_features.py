@@ -165,9 +165,9 @@ class FrameBlocks(VideoBlocks, NetworkFeature):
         return {"timestep": t}
 
 
-def feature_of(memory: str, node: str | None, per_block: int, window: int, sink: int, stored: str, keep_on: str) -> VideoBlocks:
+def feature_of(
+    memory: str, node: str | None, per_block: int, window: int, sink: int, stored: str, keep_on: str
+) -> VideoBlocks:
     """By the node's choice of a memory."""
     plain = {"node": node, "per_block": per_block, "window": window, "sink": sink}
     return KeyBlocks(**plain, stored=stored, keep_on=keep_on) if memory == "keys" else FrameBlocks(**plain)
-
-
