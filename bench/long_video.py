@@ -28,6 +28,7 @@ STEPS = "1000,500"
 def held(clip: int) -> int:
     """Bytes of every tensor made since the model stood, each storage once, without those as large as the whole clip: noise,
     latents and finished frames."""
+    gc.collect()  # core makes classes while it joins conditions, which hold the chunk's latents until then
     found = {}
     for thing in gc.get_objects():
         if type(thing) is torch.Tensor and thing.device.type != "meta":
