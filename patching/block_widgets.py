@@ -42,7 +42,9 @@ def prompts_of(prompt_blocks: str, given: list[Any]) -> list[tuple[int, Any]]:
     except ValueError as error:
         raise ValueError(f"prompt_blocks {prompt_blocks!r} are not numbers with commas, like 1, 3, 5.") from error
     if len(blocks) < len(given):
-        raise ValueError(f"prompt_blocks names {len(blocks)} blocks for {len(given)} further prompts. Name one for each.")
+        raise ValueError(
+            f"prompt_blocks names {len(blocks)} blocks for {len(given)} further prompts. Name one for each."
+        )
     chosen = blocks[: len(given)]
     if chosen[0] < 1 or chosen != sorted(set(chosen)):
         raise ValueError(f"prompt_blocks {prompt_blocks!r} must rise from 1 on; block 0 has the guider's own prompt.")

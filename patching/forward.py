@@ -179,7 +179,9 @@ def diffusion_model(executor, *args, **kwargs):
         options = attention.above(forward, options)
         for feature in forward.run.acting:
             if isinstance(feature, NetworkFeature):
-                args, kwargs = _given(forward, feature.other_inputs(forward.run.states[feature], forward), names, args, kwargs)
+                args, kwargs = _given(
+                    forward, feature.other_inputs(forward.run.states[feature], forward), names, args, kwargs
+                )
                 options = feature.before_network(forward.run.states[feature], forward, options)
         args, kwargs = replace_options(args, kwargs, options)
     return executor(*args, **kwargs)

@@ -27,7 +27,9 @@ class Chunk:
 class KeyMemory(BlockMemory):
     """window: blocks, 0 all; sink: first frames that stay whatever the window; device: "cpu" or None, where they are made."""
 
-    def __init__(self, name: str, window: int = 0, sink: int = 0, stored: str = "model dtype", device: str | None = None):
+    def __init__(
+        self, name: str, window: int = 0, sink: int = 0, stored: str = "model dtype", device: str | None = None
+    ):
         self.name, self.window, self.sink, self.stored, self.device = name, window, sink, stored, device
         self.chunks: dict[int, Chunk] = {}  # by number of the block
         self.rope: dict[str, Any] | None = None
@@ -64,7 +66,9 @@ class KeyMemory(BlockMemory):
         joined = []
         for slot, part in zip(rows, parts, strict=True):
             held = [self._found(chunk, slot, place) for chunk in past]
-            joined.append([torch.cat([*(pair[i].to(k.device).tensor() for pair in held), part[i]], 2) for i in range(2)])
+            joined.append(
+                [torch.cat([*(pair[i].to(k.device).tensor() for pair in held), part[i]], 2) for i in range(2)]
+            )
         return torch.cat([part[0] for part in joined]), torch.cat([part[1] for part in joined])
 
     def _store(self, forward, block: Block, place: Place, rows: dict[Slot, tuple[torch.Tensor, torch.Tensor]]) -> None:
@@ -144,7 +148,11 @@ class KeyMemory(BlockMemory):
             self._take(tensors, facts, self.device or device)
         except (KeyError, ValueError, AttributeError, TypeError) as error:
             raise ValueError(f"{self.name}: the video state's keys are not whole. Save it again.") from error
-        found = {(block, pair[0].data.shape[1]) for chunk in self.chunks.values() for (_, (block, _)), pair in chunk.pairs.items()}
+        found = {
+            (block, pair[0].data.shape[1])
+            for chunk in self.chunks.values()
+            for (_, (block, _)), pair in chunk.pairs.items()
+        }
         stack, heads = len({block for block, _ in found}), sorted({heads for _, heads in found})
         if self.sizes is not None and found and (stack, heads) != (self.sizes[0], [self.sizes[1]]):
             raise ValueError(

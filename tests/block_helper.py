@@ -10,8 +10,8 @@ import comfy.samplers
 from nodes_helper import run_node
 from tiny_models import conds, empty_latent
 
-from tessera.nodes.video.block_video_sampler import BlockVideoSampler
 from tessera.methods.video.blocks import renoise
+from tessera.nodes.video.block_video_sampler import BlockVideoSampler
 from tessera.patching.block_memory import BlockMemory
 
 SIGMAS = torch.tensor([1.0, 0.8, 0.4, 0.0])

@@ -100,7 +100,9 @@ def test_a_plan_sees_finished_frames_as_frames(pair):
         found[reach] = error(sampled(patched, pair[2], sampler, **run), want), facts(patched, "Local Window Attention")
     assert found[8][0] < 1e-5 < 1e-3 < found[1][0]
     told = found[1][1]
-    assert told["served"] == 2 * (3 + 3)  # of two blocks of the model, the evaluations of the second and third of the clip
+    assert told["served"] == 2 * (
+        3 + 3
+    )  # of two blocks of the model, the evaluations of the second and third of the clip
     assert told["pairs_fraction"] < 0.8 and told["declined"]["outside the chosen steps"] == 4  # the commit passes
 
 
