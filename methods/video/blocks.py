@@ -5,6 +5,8 @@ from itertools import pairwise
 
 import torch
 
+from ...kernels.sampling import renoise as kernel
+
 STRIDE = 1000  # from a block's seed to the next one's: each block has so many steps of its own
 
 
@@ -52,4 +54,4 @@ def noise_like(x: torch.Tensor, seed: int, block: int, step: int) -> torch.Tenso
 
 def renoise(x0: torch.Tensor, sigma: float | torch.Tensor, seed: int, block: int, step: int) -> torch.Tensor:
     """The clean x0 of a flow back at noise level sigma: (1 - sigma) x0 + sigma noise."""
-    return (1 - sigma) * x0 + sigma * noise_like(x0, seed, block, step)
+    return kernel.renoise(x0, None, noise_like(x0, seed, block, step), 0.0, float(sigma))
