@@ -38,11 +38,12 @@ class VideoBlocks(Feature):
         """The first block is the largest."""
         if len(noise_shape) != 5:
             return noise_shape
-        most = plan.split(noise_shape[FRAMES], self.per_block)[1] + self.in_sequence(noise_shape[FRAMES])
+        most = plan.split(noise_shape[FRAMES], self.per_block, self.lead)[1] + self.sink * (self.lead > 0)
         return (*noise_shape[:FRAMES], min(most, noise_shape[FRAMES]), *noise_shape[FRAMES + 1 :])
 
-    def in_sequence(self, frames: int) -> int:
-        """Finished frames that stand in the sequence at most."""
+    @property
+    def lead(self) -> int:
+        """Frames that the first block has more than the others."""
         return 0
 
     def memory(self, guider: Any, options: dict[str, Any]) -> BlockMemory:
@@ -110,16 +111,16 @@ class KeyBlocks(VideoBlocks, PastFeature):
 
 class FrameMemory(BlockMemory):
     """The last finished frames stay in the sequence, clean: for models that were trained to go on from a clean start.
-    window: blocks, 0 one; positions begin at 0 in every sequence."""
+    lead: of them, and so many more the first block has, so that all sequences are as long; positions begin at 0 in each."""
 
     commits = False
 
-    def __init__(self, window: int, sink: int):
-        self.window, self.sink = max(window, 1), sink
+    def __init__(self, lead: int, sink: int):
+        self.lead, self.sink = lead, sink
         self.frames = self.most = 0
 
     def prefix(self, boundaries: list[int], first: int) -> list[int]:
-        return plan.kept(boundaries, first, self.window, self.sink)
+        return [frame for frame in range(first) if frame >= first - self.lead or frame < self.sink]
 
     def open(self, options: dict[str, Any], block: Block) -> None:
         self.frames = len(block.prefix)
@@ -128,7 +129,7 @@ class FrameMemory(BlockMemory):
         """Nothing is kept beside the finished frames."""
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        return {}, {"window": self.window, "sink": self.sink}
+        return {}, {"lead": self.lead, "sink": self.sink}
 
     def restore(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any], device: torch.device) -> None:
         """The finished frames are all of it."""
@@ -149,10 +150,11 @@ class FrameBlocks(VideoBlocks, NetworkFeature):
             )
 
     def begin(self, run: Run) -> FrameMemory:
-        return FrameMemory(self.window, self.sink)
+        return FrameMemory(self.lead, self.sink)
 
-    def in_sequence(self, frames: int) -> int:
-        return min(frames, self.sink + max(self.window, 1) * plan.split(frames, self.per_block)[1])
+    @property
+    def lead(self) -> int:
+        return max(self.window, 1) * self.per_block
 
     def other_inputs(self, state: FrameMemory, forward: Forward) -> dict[str, Any]:
         """Time step 0 for the finished frames."""

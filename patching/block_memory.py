@@ -38,6 +38,7 @@ class BlockMemory(ABC):
     state; the memory stores in that pass (Block.commit) and reads in all others."""
 
     commits: bool = True
+    lead: int = 0  # frames that the first block has more than the others
 
     def prefix(self, boundaries: list[int], first: int) -> list[int]:
         """Finished frames that stay in the sequence before a block that starts at `first`; most memories need none."""

@@ -106,11 +106,11 @@ class _Loop:
         """The blocks of this run; the finished ones of a state are put in place."""
         resume, frames, per_block = self.sampler.resume, self.noise.shape[FRAMES], self.sampler.per_block
         if resume is None:
-            return plan.split(frames, per_block)
+            return plan.split(frames, per_block, self.memory.lead)
         self.sampler.fits(resume, tuple(self.noise.shape), self._model(), type(self.memory).__name__)
         self.memory.restore(resume.tensors, resume.facts, self.noise.device)
         self.out[:, :, : resume.frames] = resume.latent.to(self.out)
-        return plan.continued(frames, per_block, resume.boundaries)
+        return plan.continued(frames, per_block, resume.boundaries, self.memory.lead)
 
     def _model(self) -> str:
         return type(self.guider.inner_model.diffusion_model).__name__

@@ -66,7 +66,7 @@ def _server() -> Any:
 
 def register() -> None:
     """Adds the route; POST {"node": id}, or {} for whatever block sampler runs."""
-    from aiohttp import web
+    from server import web
 
     async def answer(request):
         try:

@@ -5,21 +5,24 @@ from itertools import pairwise
 
 import torch
 
+from ...kernels.sampling import renoise as kernel
+
 STRIDE = 1000  # from a block's seed to the next one's: each block has so many steps of its own
 
 
-def split(frames: int, per_block: int) -> list[int]:
-    """Boundaries 0 .. frames of blocks; the first one takes what is left over: 43 by 10 is [0, 13, 23, 33, 43]."""
+def split(frames: int, per_block: int, lead: int = 0) -> list[int]:
+    """Boundaries 0 .. frames of blocks; the first one takes what is left over: 43 by 10 is [0, 13, 23, 33, 43]. lead: frames
+    that it has more, where later blocks have so many finished ones beside them."""
     if frames < 1 or per_block < 1:
         raise ValueError(f"Blocks of {per_block} frames cannot be cut from {frames}; both must be at least 1.")
-    first = min(frames, per_block + frames % per_block)
+    first = min(frames, per_block + lead + max(frames - lead, 0) % per_block)
     return [0, *range(first, frames + 1, per_block)]
 
 
-def continued(frames: int, per_block: int, done: list[int]) -> list[int]:
+def continued(frames: int, per_block: int, done: list[int], lead: int = 0) -> list[int]:
     """Boundaries of a clip of which blocks with the boundaries `done` (0 .. n) are finished. Where the clip's own split has
     them, it is that split; else the rest is split anew behind them."""
-    whole = split(frames, per_block)
+    whole = split(frames, per_block, lead)
     if whole[: len(done)] == done:
         return whole
     return [*done, *(done[-1] + at for at in split(frames - done[-1], per_block)[1:])]
@@ -51,4 +54,4 @@ def noise_like(x: torch.Tensor, seed: int, block: int, step: int) -> torch.Tenso
 
 def renoise(x0: torch.Tensor, sigma: float | torch.Tensor, seed: int, block: int, step: int) -> torch.Tensor:
     """The clean x0 of a flow back at noise level sigma: (1 - sigma) x0 + sigma noise."""
-    return (1 - sigma) * x0 + sigma * noise_like(x0, seed, block, step)
+    return kernel.renoise(x0, None, noise_like(x0, seed, block, step), 0.0, float(sigma))

@@ -1,5 +1,9 @@
 """The loop over blocks, with memories that know nothing."""
 
+import asyncio
+import json
+from types import SimpleNamespace
+
 import pytest
 import torch
 from block_helper import SIGMAS, Nothing, clip, euler, sampled
@@ -101,3 +105,32 @@ def test_wrong_sigmas_and_latents_get_a_sentence(wan):
     sampled(*wan, blocks(keep=kept), frames=4)
     with pytest.raises(ValueError, match="4 finished frames"):
         sampled(*wan, blocks(resume=kept.snapshot), frames=4)
+
+
+def test_the_route_stops_the_run_of_a_node_and_refuses_nonsense(monkeypatch):
+    routes, sent = {}, []
+    server = SimpleNamespace(
+        routes=SimpleNamespace(post=lambda path: lambda handler: routes.setdefault(path, handler)),
+        client_id="c",
+        send_sync=lambda event, message, client: sent.append((event, message, client)),
+    )
+    monkeypatch.setattr(block_stop, "_server", lambda: server)
+    block_stop.register()
+
+    def post(body):
+        async def read():
+            return json.loads(body)
+
+        request = SimpleNamespace(can_read_body=bool(body), json=read)
+        answer = asyncio.run(routes[block_stop.ROUTE](request))
+        return answer.status, json.loads(answer.body)
+
+    assert post("") == (200, {"stopping": []})
+    with block_stop.watch("12:5") as run, block_stop.watch(None) as other:
+        run.tell(1, 4)
+        assert post('{"node": "12:5"}') == (200, {"stopping": ["12:5"]}) and run.asked and not other.asked
+        assert post("{}")[1] == {"stopping": ["12:5", None]} and other.asked
+        assert post("[]")[0] == post("{")[0] == post('{"node": {}}')[0] == 400
+    told = [message["running"] for _, message, _ in sent]
+    assert sent[0][:1] + sent[0][2:] == ("tessera.blocks", "c") and told == [True, False]
+    assert post("{}") == (200, {"stopping": []})

@@ -14,6 +14,12 @@ def test_the_first_block_takes_what_is_left_over(frames, per_block, want):
     assert m.split(frames, per_block) == want
 
 
+def test_a_first_block_may_lead():
+    assert m.split(32, 4, 4) == [0, 8, 12, 16, 20, 24, 28, 32]
+    assert m.split(43, 10, 20) == [0, 33, 43] and m.split(5, 4, 4) == [0, 5]
+    assert m.continued(16, 4, [0, 8], 4) == [0, 8, 12, 16]
+
+
 def test_a_split_needs_frames():
     with pytest.raises(ValueError, match="at least 1"):
         m.split(0, 3)
