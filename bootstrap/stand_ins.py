@@ -47,6 +47,16 @@ BETAS = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "bet
          "prediction_type": "epsilon"}  # fmt: skip
 VAE = {"_class_name": "AutoencoderKL", "latent_channels": 4}
 DYNAMICTRL = "DynamiCtrl/transformer"
+SANA, LONG_SANA = "SANA-Video_2B_480p_diffusers", "SANA-Video_2B_480p_LongLive_diffusers"
+SANA_SIZES = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "num_cross_attention_heads": 2,
+              "cross_attention_head_dim": 16, "cross_attention_dim": 32, "caption_channels": 96, "in_channels": 16, "out_channels": 16,
+              "mlp_ratio": 3.0, "patch_size": [1, 2, 2], "qk_norm": "rms_norm_across_heads"}  # fmt: skip
+SANA_FLOW = {
+    "_class_name": "DPMSolverMultistepScheduler",
+    "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True,
+    "flow_shift": 8.0,
+}
 CONFIGS: dict[str, dict[str, Any]] = {  # as the releases name class and entries, in small sizes
     f"{PIXART}/transformer/config.json": {
         **OLD, "norm_type": "ada_norm_single", "sample_size": 128, "cross_attention_dim": 32, "caption_channels": 96,
@@ -57,6 +67,10 @@ CONFIGS: dict[str, dict[str, Any]] = {  # as the releases name class and entries
     f"{DIT}/transformer/config.json": {**OLD, "norm_type": "ada_norm_zero", "sample_size": 32, "cross_attention_dim": None},
     f"{DIT}/scheduler/scheduler_config.json": {"_class_name": "DDIMScheduler", **BETAS},
     f"{DIT}/vae/config.json": {**VAE, "scaling_factor": 0.18215},
+    f"{SANA}/transformer/config.json": {"_class_name": "SanaVideoTransformer3DModel", **SANA_SIZES},
+    f"{SANA}/scheduler/scheduler_config.json": SANA_FLOW,
+    f"{LONG_SANA}/transformer/config.json": {"_class_name": "SanaVideoCausalTransformer3DModel", **SANA_SIZES},
+    f"{LONG_SANA}/scheduler/scheduler_config.json": SANA_FLOW,
     f"{DYNAMICTRL}/config.json": {"_class_name": "DynamiCtrlTransformerModel", "sample_height": 60, "sample_width": 90},
 }  # fmt: skip
 
@@ -173,6 +187,20 @@ def bridged(name: str, kind: str) -> Tensors:
     return random({key: tuple(value.shape) for key, value in weights.items()})
 
 
+def sana_video(networks: str, name: str) -> Tensors:
+    """networks: the pack's package of that name."""
+    from importlib import import_module
+
+    told = CONFIGS[f"{name}/transformer/config.json"]
+    heads, head = told["num_attention_heads"], told["attention_head_dim"]
+    hidden = int(told["mlp_ratio"] * heads * head)
+    sizes = import_module(f"{networks}.sana_layers").Sizes(
+        16, heads, head, told["num_layers"], heads, told["caption_channels"], hidden
+    )
+    weights = import_module(f"{networks}.sana_video").SanaVideo(sizes).state_dict()
+    return random({key: tuple(value.shape) for key, value in weights.items()})
+
+
 def pickled(tensors: Tensors, path: Path) -> None:
     """A checkpoint of torch.save, and beside it what the command makes of it that users are told."""
     torch.save(tensors, path)
@@ -244,6 +272,14 @@ def write(needs: list[dict[str, str]], models: Path, pack: Any) -> None:
             PIXART, "PixArtTransformer2DModel"
         ),
         "sdxl_vae.safetensors": lambda _: taesd(4),
+        **{
+            f"{name}/transformer/diffusion_pytorch_model.safetensors": lambda _, name=name: sana_video(
+                f"{pack.__name__}.networks", name
+            )
+            for name in (SANA, LONG_SANA)
+        },
+        "gemma_2_2b_fp16.safetensors": lambda _: {},
+        "wan_2.1_vae.safetensors": lambda _: video_vae(),
         f"{DIT}/transformer/diffusion_pytorch_model.bin": lambda _: bridged(DIT, "DiTTransformer2DModel"),
         "vae-ft-mse-840000-ema-pruned.safetensors": lambda _: taesd(4),
     }

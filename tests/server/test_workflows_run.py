@@ -21,6 +21,8 @@ NEEDING = {  # templates on official weights: width of the stand-in's conditioni
     "load_quantized_model": (96, 64, {"Taylor Cache": "forecast 1 of 2 evaluations"}),
     "load_linfusion": (768, 0, {"Load LinFusion": "self-attention calls linear, in 7 modules"}),
     "load_diffusers_model": (96, 0, {"Taylor Cache": "forecast 1 of 2 evaluations"}),
+    "load_sana_video": (96, 0, {"Taylor Cache": "forecast 1 of 2 evaluations"}),
+    "block_linear_video_sampler": (96, 0, {"Block Linear Video Sampler": "went on from 51 frames"}),
     "balanced_lora_stack": (96, 64, {}),
     "lora_orthogonality_report": (96, 64, {}),
     "calibrate_lora_strength": (96, 64, {}),
