@@ -80,8 +80,11 @@ def same_latent(a: Marks | None, b: Marks) -> bool:
     return torch.allclose(torch.tensor(a[1]), torch.tensor(b[1]), rtol=1e-2, atol=1e-5, equal_nan=True)
 
 
-def publish(run, ended: str, ledger: Ledger | None, patches: str, made: Any = None) -> None:
-    """Collects the facts of every feature, stores the record and tells the canvas. made: the latent that the run gave."""
+def publish(
+    run, ended: str, ledger: Ledger | None, patches: str, made: Any = None, owners: Any = None, told: bool = True
+) -> dict[str, Any]:
+    """Collects the facts of every feature, stores the record under its owners, the features of the MODEL, and tells the
+    canvas. made: the latent that the run gave."""
     seconds = time.perf_counter() - run.started
     entries, sketches, lost = [], {}, defaultdict(list)
     for number, feature in enumerate(run.features):
@@ -109,8 +112,10 @@ def publish(run, ended: str, ledger: Ledger | None, patches: str, made: Any = No
         "patches": patches,
     }
     if ledger is not None:
-        ledger.add(run.features, record, marks_of(made), sketches)
-    notify(record)
+        ledger.add(owners or run.features, record, marks_of(made), sketches)
+    if told:
+        notify(record)
+    return record
 
 
 def notify(record: dict[str, Any]) -> None:

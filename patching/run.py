@@ -197,29 +197,48 @@ def sampler_name(sampler: Any) -> str:
     return getattr(function, "__name__", "")
 
 
+class ChoosingFeature(Feature):
+    """A feature that decides, when a sampler starts, which others act in that run."""
+
+    def choose(self, executor, features: tuple[Feature, ...], args: Any, kwargs: dict[str, Any]) -> Any:
+        """features: all on the MODEL. The latent that the sampler is to get; each run_once is one sampling run."""
+        return run_once(executor, features, args, kwargs)[0]
+
+
 def _outer_sample(executor, *args, **kwargs):
+    features = features_of(executor.class_obj.model_options)
+    for feature in features:
+        if isinstance(feature, ChoosingFeature) and not feature.inactive:
+            return feature.choose(executor, features, args, kwargs)
+    return run_once(executor, features, args, kwargs)[0]
+
+
+def run_once(
+    executor, features: tuple[Feature, ...], args: Any, kwargs: dict[str, Any], owners: Any = None, told: bool = True
+) -> tuple[Any, dict[str, Any]]:
+    """(latent, record) of one sampling run with these features. owners: those on the MODEL, where they are others; told:
+    whether the canvas and Run Report hear of it."""
     guider = executor.class_obj
     kept = guider.model_options
-    features = features_of(kept)
     sigmas = args[3] if len(args) > 3 else kwargs["sigmas"]
     guider.model_options = comfy.model_patcher.create_model_options_clone(kept)
     options = guider.model_options["transformer_options"]
+    options[FEATURES] = features
     base = guider.model_patcher.model
     schedule, sampler = [float(s) for s in sigmas], sampler_name(args[2] if len(args) > 2 else kwargs.get("sampler"))
     clock = Clock(schedule, expected_evaluations(sampler, schedule))
     run = Run(features, clock, base, options, archs.find(base.diffusion_model), sampler=sampler)
     run.latent_shapes = tuple(tuple(shape) for shape in kwargs.get("latent_shapes") or ())
     options[RUN] = run
-    ended, made = "error", None
+    ended, made, record = "error", None, {}
     try:
         from .compose import check_run
 
         check_run(run, guider.model_patcher)
         for feature in features:
             run.states[feature] = feature.begin(run)
-        result = executor(*args, **kwargs)
-        ended, made = "finished", result
-        return result
+        made = executor(*args, **kwargs)
+        ended = "finished"
     except BaseException as error:
         ended = "interrupted" if type(error).__name__ == "InterruptProcessingException" else "error"
         raise
@@ -228,12 +247,15 @@ def _outer_sample(executor, *args, **kwargs):
         options.pop(RUN, None)
         try:
             patches = str(getattr(guider.model_patcher, "patches_uuid", ""))
-            publish(run, ended, options.get(LEDGER), patches, first_part(made, kwargs.get("latent_shapes")))
+            ledger = options.get(LEDGER) if told else None
+            result = first_part(made, kwargs.get("latent_shapes"))
+            record = publish(run, ended, ledger, patches, result, owners or features, told)
         except Exception:  # a report must not replace the run's own result or error
             log.exception("Tessera: the report of this run could not be written")
         run.states.clear()
         run.options = {}
         run.model = None
+    return made, record
 
 
 def _predict_noise(executor, *args, **kwargs):

@@ -1,6 +1,8 @@
 /** One node's part of a report: its line, its decisions, its mask, its facts to unfold. */
 
 import { bytes, digits, el, list, number, object, percent, text } from "./dom.mjs?v=0.1.0";
+import { frontChart } from "./front.mjs?v=0.1.0";
+import { frontList } from "./line.mjs?v=0.1.0";
 import { maskPicture } from "./mask.mjs?v=0.1.0";
 import { decisionStrip, meter } from "./strip.mjs?v=0.1.0";
 
@@ -23,8 +25,15 @@ export function featureBlock(feature) {
       ? null
       : meter(facts.pairs_fraction, `${percent(facts.pairs_fraction)} of the attention pairs were computed`),
     maskPicture(mask),
+    ...frontOf(facts),
     factsTable(facts),
   );
+}
+
+/** What Accelerate tried. @returns {(Element | null)[]} */
+function frontOf(facts) {
+  const front = frontChart(facts.front, text(facts.judged) ? `1 − SSIM of the ${text(facts.judged)}` : "loss");
+  return front ? [front, frontList(facts.front)] : [];
 }
 
 /** The numbers of a feature, folded away. @returns {HTMLElement | null} */
@@ -39,8 +48,8 @@ function factRows(key, value) {
   const label = key.replaceAll("_", " ");
   if (number(value) !== null) return [[label, shown(key, value)]];
   if (text(value)) return [[label, text(value)]];
-  if (Array.isArray(value)) return key === "decisions" ? [] : [[label, list(value).map(short).join(", ")]];
-  return Object.entries(object(value)).map(([inner, v]) => [`${label}: ${inner}`, short(v)]);
+  if (Array.isArray(value)) return ["decisions", "front"].includes(key) ? [] : [[label, list(value).map(short).join(", ")]];
+  return Object.entries(object(value)).map(([inner, v]) => [`${label}: ${inner}`, short(object(v).name ?? v)]);
 }
 
 function short(value) {

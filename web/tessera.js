@@ -59,7 +59,8 @@ function drawReport(node, output) {
   const report = list(object(output)[REPORT]).at(-1);
   if (report === undefined || !isOurs(node)) return;
   showPanel(app, node, "tessera_report", buildReport(report), REPORT_WIDTH);
-  for (const run of [report, object(report).a, object(report).b]) drawLines(run, true);
+  const sides = list(object(report).models);
+  for (const run of [report, ...(sides.length ? sides : [object(report).a, object(report).b])]) drawLines(run, true);
 }
 
 app.registerExtension({
