@@ -64,7 +64,9 @@ def test_the_first_run_measures_and_later_ones_apply(name, folder):
     assert facts["front"][0]["name"] == "plain" and facts["stack"] and facts["speedup"] > 1
     chosen = facts["stack"]["cache"]
     same = taylor(plain, **{k: chosen[k] for k in ("interval", "order", "warmup", "tail_full", "level")})
-    assert torch.equal(torch.cat([p.flatten() for p in parts(first)]), torch.cat([p.flatten() for p in parts(job(same))]))
+    assert torch.equal(
+        torch.cat([p.flatten() for p in parts(first)]), torch.cat([p.flatten() for p in parts(job(same))])
+    )
     again = run_node(Accelerate, model=plain, min_ssim=0.2)[0]
     assert torch.equal(parts(job(again))[0], parts(first)[0]) and told(again)["trials"] == 0
     assert torch.equal(parts(job(plain))[0], parts(want)[0])
@@ -116,7 +118,10 @@ def test_a_shared_profile_is_applied_without_a_trial(folder):
     [
         ({"format": "x"}, "no profile of Accelerate"),
         ({"stack": {"cache": {"name": "x", "method": "unknown"}}}, "does not know"),
-        ({"stack": {"cache": {"name": "x", "method": "taylor", "interval": 900}}}, "interval 900; it goes from 1 to 20"),
+        (
+            {"stack": {"cache": {"name": "x", "method": "taylor", "interval": 900}}},
+            "interval 900; it goes from 1 to 20",
+        ),
         ({"stack": {"other": {"name": "x"}}}, "a stack has cache"),
         ({"points": [{"name": "p", "ratio": "fast", "loss": 0}]}, "a point without ratio"),
         ({"more": 1}, "no profile of Accelerate"),
@@ -195,7 +200,9 @@ def test_other_samplers_and_prompts_are_not_spoilt(sampler):
 def test_packed_weights_are_tried_and_used():
     plain, spec = model_of("flux")
     packed = model_of("flux")[0]
-    packed.set_model_unet_function_wrapper(lambda apply, args: apply(args["input"], args["timestep"], **args["c"]) * 1.0001)
+    packed.set_model_unet_function_wrapper(
+        lambda apply, args: apply(args["input"], args["timestep"], **args["c"]) * 1.0001
+    )
     model = run_node(Accelerate, model=plain, min_ssim=0.2, packed_model=packed)[0]
     Job(spec, steps=14)(model)
     names = [p["name"] for p in told(model)["front"]]
@@ -207,7 +214,9 @@ def test_ladders_fit_the_run():
     assert ladders((1, 8, 8), 4, True, False) == {}
     found = ladders((21, 30, 52), 30, True, True)
     assert found.keys() == {"cache", "attention", "weights"}
-    assert all(feature_of(s, None) is not None for s in found["cache"][0] + found["attention"][0] + found["attention"][1])
+    assert all(
+        feature_of(s, None) is not None for s in found["cache"][0] + found["attention"][0] + found["attention"][1]
+    )
     assert {s["level"] for several in ladders(None, 20, False, False)["cache"] for s in several} == {"output"}
 
 

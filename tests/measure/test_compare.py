@@ -41,7 +41,7 @@ def test_a_model_beside_itself(name):
     for side in (report["a"], report["b"]):
         assert 0 < side["seconds"]["min"] <= side["seconds"]["median"] <= side["seconds"]["max"]
         assert (side["steps"], side["evaluations"], side["blocks_skipped"], side["features"]) == (6, 6, 0, [])
-    assert chart.ndim == 4 and 0 <= chart.min() and chart.max() <= 1
+    assert chart.ndim == 4 and chart.min() >= 0 and chart.max() <= 1
     assert [p["name"] for p in report["points"]] == ["a", "b"]
     assert report["speedup"] > 0 and report["notes"] == ["timed 2 times each; 3 repeats or more give a steadier ratio"]
 
@@ -163,7 +163,9 @@ def test_any_number_of_models(tmp_path, monkeypatch):
     model, spec = model_of("wan_meta")
     monkeypatch.setattr("folder_paths.get_output_directory", lambda: str(tmp_path))
     more = {"model_c": taylor(model, interval=2), "model_d": model}
-    out = compare(model, taylor(model), spec, steps=9, more=more, labels="plain, =three", save_as="mine", decode="digits")
+    out = compare(
+        model, taylor(model), spec, steps=9, more=more, labels="plain, =three", save_as="mine", decode="digits"
+    )
     _, b, image, report, chart = out
     assert [side["label"] for side in report["models"]] == ["plain", "=three", "c", "d"]
     assert torch.equal(b["samples"], Job(spec, steps=9)(taylor(model)))
