@@ -90,6 +90,11 @@ class Arch:
     unordered: bool = False  # image tokens without places: nothing is near anything else
     rope: str = ""  # attribute with the EmbedND that turns positions (t, h, w, ...) or (h, w) into rotations; "": none
     rope_options: bool = False  # positions heed core's ScaleROPE node
+    shifts_time: Callable[[Any, Sequence[int]], tuple[float, float, float]] | None = (
+        None  # where a video's frames lie is
+    )
+    #   moved by rope_options' shift_t: (diffusion model, shape of its x) -> scales t, y, x that it has without rope_options
+    frame_times: bool = False  # takes time steps [B, T], one a frame
     post_input: bool = False  # hands its positions (index, h, w, ...) to post_input patches as img_ids [B, N, A], the
     #   image's first
     text_after: bool = False  # text has positions on all axes, from half the picture's longer side on

@@ -69,12 +69,13 @@ def rescaled(model, grid):
 
 
 TEA: dict[str, Any] = {"modulated": modulated, "rescaled": rescaled}
+BLOCKWISE: dict[str, Any] = {"shifts_time": lambda model, shape: (1.0, 1.0, 1.0), "frame_times": True}
 ROPE: dict[str, Any] = {"rope": "rope_embedder", "rope_options": True, "mlps": {"blocks": ("ffn",)}}
 IMAGE = "cross"  # models with an image encoder attend to its tokens before those of the text
 VACE = Blocks("vace_blocks", ("c",), calls=("self", "cross"), positions=(0,), stack=False)
 
 ARCHS = (
-    Arch("Wan", "wan", ("WanModel", "CameraWanModel"), (stack(IMAGE, "cross"),), grid, **ROPE, **TEA),
+    Arch("Wan", "wan", ("WanModel", "CameraWanModel"), (stack(IMAGE, "cross"),), grid, **ROPE, **TEA, **BLOCKWISE),
     Arch(
         "Wan, autoregressive",
         "wan",
@@ -82,6 +83,7 @@ ARCHS = (
         (stack(IMAGE, "cross"),),
         grid,
         **ROPE,
+        **BLOCKWISE,
         notes="Inside ComfyUI's ar_video sampler neither blocks nor attention can be reached.",
     ),
     Arch(
@@ -92,6 +94,7 @@ ARCHS = (
         grid,
         **ROPE,
         **TEA,
+        **BLOCKWISE,
         notes="A VACE block follows some blocks, once per control video, and returns (what it adds, its own stream).",
     ),
     Arch(

@@ -58,6 +58,7 @@ class TesseraExtension(ComfyExtension):
         folder_paths.add_model_folder_path("diffusion_models", str(ROOT / "models"))
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        _routes()
         found = discover()
         log.info("Tessera: %d nodes, %s", len(found), _kernels())
         await _register(found)
@@ -73,6 +74,16 @@ async def _register(found: list[type[io.ComfyNode]]) -> None:
             await ComfyAPI().node_replacement.register(replacement)
     except Exception:
         log.info("Tessera: nodes of other packs are not replaced here", exc_info=log.isEnabledFor(logging.DEBUG))
+
+
+def _routes() -> None:
+    """A ComfyUI without a server goes without."""
+    try:
+        from ..patching.block_stop import register
+
+        register()
+    except Exception:
+        log.info("Tessera: its routes are not served here", exc_info=log.isEnabledFor(logging.DEBUG))
 
 
 def _kernels() -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..methods.attention.call import Answer, AttentionCall, AttentionMethod, Decline
 from . import extra_keys, prewarm, rivals
-from .attention_around import around, arounds, block_of, keepers, options_of, stack_of, with_keys
+from .attention_around import around, arounds, block_of, keepers, options_of, stack_of, with_keys, with_past
 from .blocks import eager, positions
 from .convention import unpack
 from .memory import grid_of, stream_elements
@@ -208,7 +208,7 @@ def _rotation(forward):
 
 def _hook(forward, plans: list[AttentionFeature], earlier: Callable | None):
     """The dispatcher, and in front of it what may answer before any plan."""
-    hook = _dispatcher(forward, plans, earlier)
+    hook = with_past(forward, _dispatcher(forward, plans, earlier))
     for feature in arounds(forward):
         hook = around(forward, feature, hook)
     for keeper in keepers(forward):
@@ -256,7 +256,7 @@ def _dispatcher(forward, plans: list[AttentionFeature], earlier: Callable | None
                 else:
                     state.add(call, answer)
                     state.work.spared(call, answer)
-                    return pack(answer.out[:, :, :queries])
+                    return pack(extra_keys.own(call, answer.out, queries))
             state.declined[reason] += 1
         return rest()
 

@@ -1,7 +1,7 @@
 """Features around attention calls: they see each call of the residual stack before any plan does, and may answer it with
 what an earlier one gave. What they let pass goes on to the dispatcher (attention.py)."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -71,6 +71,48 @@ def with_keys(forward, keeper: KeyFeature, dispatch):
         given = {**dict(zip(NAMES, args, strict=False)), **kwargs, "mask": changed[2], "skip_reshape": True}
         rest = {name: value for name, value in given.items() if name not in NAMES[:4]}
         return dispatch(func, q, *changed[:2], given["heads"], **rest)
+
+    return hook
+
+
+class PastFeature(Feature):
+    """A feature that keeps keys and values of finished frames, and gives them to the self-attention of later ones."""
+
+    adds_keys: ClassVar[bool] = True
+
+    def with_past(self, state: Any, forward: Any, place: tuple[int, int], k, v) -> tuple[Any, Any]:
+        """k, v [B, H, M, D] of the self-attention at that place, (number of the block, call in it) -> with those of
+        forward.before finished frames before them. A list of calls' places is the same in every forward."""
+        return k, v
+
+
+def with_past(forward, dispatch):
+    """The dispatcher with the keys of finished frames before a call's own."""
+    feature = next((f for f in forward.run.acting if isinstance(f, PastFeature)), None)
+    if feature is None:
+        return dispatch
+    stack = stack_of(forward)
+
+    def hook(func, *args, **kwargs):
+        block = None if forward.passed_on else block_of(forward, stack, options_of(kwargs))
+        if block is None:
+            return dispatch(func, *args, **kwargs)
+        nth, kinds = forward.calls.get(block.number, 0), block.spec.calls
+        try:
+            if not kinds or kinds[nth % len(kinds)] != "self":
+                return dispatch(func, *args, **kwargs)
+            q, k, v, mask, _ = unpack(args, kwargs)
+            own = k.shape[2]
+            k, v = feature.with_past(forward.run.states[feature], forward, (block.number, nth), k, v)
+            if k.shape[2] == own:
+                return dispatch(func, *args, **kwargs)
+            if mask is not None:
+                mask = torch.nn.functional.pad(mask, (k.shape[2] - own, 0), value=mask.dtype == torch.bool)
+            given = {**dict(zip(NAMES, args, strict=False)), **kwargs, "mask": mask, "skip_reshape": True}
+            rest = {name: value for name, value in given.items() if name not in NAMES[:4]}
+            return dispatch(func, q, k, v, given["heads"], **rest)
+        finally:
+            forward.calls[block.number] = nth + 1  # the dispatcher does not count what it hands on unseen
 
     return hook
 

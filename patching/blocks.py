@@ -86,7 +86,8 @@ def needed(forward) -> bool:
     arch = forward.run.arch
     asks = any(isinstance(f, BlockFeature) for f in forward.run.features)
     tells = arch.indexed and all(spec.replace is not None for spec in arch.blocks if spec.stack)
-    counts = not tells and any(isinstance(f, AttentionFeature | AroundAttention) for f in forward.run.features)
+    told = AttentionFeature | AroundAttention
+    counts = not tells and any(isinstance(f, told) or f.adds_keys for f in forward.run.features)
     return asks or counts
 
 

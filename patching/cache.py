@@ -4,7 +4,7 @@ of the block stack (cache_blocks.py) or in place of the whole model (cache_outpu
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -41,6 +41,7 @@ class CacheFeature(Feature):
     copies:   stored outputs beside the fill's own, for the memory estimate.
     """
 
+    skips: ClassVar[bool] = True
     name: str = "Taylor Cache"
     interval: int = 3
     order: int = 1

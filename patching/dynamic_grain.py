@@ -75,6 +75,7 @@ class DynamicGrain(ModelFeature, BlockFeature):
     """Settings of one node. fraction: share of the whole cells that are merged."""
 
     inner: ClassVar[bool] = True
+    skips: ClassVar[bool] = True
     name: str = "Dynamic Grain"
     fraction: float = 0.5
     cell: str = "2x2"

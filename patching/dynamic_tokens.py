@@ -2,7 +2,7 @@
 full and choose, between them only the chosen rows are gathered, computed and put back. Attention stays whole."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -73,6 +73,7 @@ class TokenState(Evaluations):
 class DynamicTokens(BlockFeature):
     """Settings of one node. fill: what a skipping token gets from the MLP, "reuse" its last output or "zero"."""
 
+    skips: ClassVar[bool] = True
     name: str = "Dynamic Tokens"
     share: Share = Share(0.3, 0.1)
     blocks: frozenset[int] | None = None  # numbers in the residual stack; None: all

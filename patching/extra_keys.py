@@ -1,5 +1,6 @@
-"""Keys that a control adapter puts behind a call's own: more keys than queries. A plan is given as many queries more, so that
-to it the extra keys are tokens like text, which all see and which see all; what those queries gave is cut off."""
+"""More keys than queries: a control adapter puts some behind a call's own, and a block sampler those of finished frames
+before them. A plan is given as many queries more, so that to it keys behind are tokens like text, which all see and which
+see all, and keys before are frames of the same picture; what those queries gave is cut off."""
 
 import functools
 from collections.abc import Callable
@@ -29,13 +30,23 @@ def count(forward, queries: int, keys: int) -> int:
     return extra if keys >= queries + extra else 0  # more where another pack put some before them
 
 
+def before(forward, queries: int, keys: int) -> int:
+    """Of the keys of a call those of finished frames, which stand first."""
+    if not forward.before or forward.grid is None:
+        return 0
+    earlier = forward.before * forward.grid[1] * forward.grid[2]
+    return earlier if keys >= queries + earlier else 0
+
+
 def layout(forward, kind, queries: int, keys: int, references: int) -> archs.Layout | None:
-    """Layout of a call of that kind, its extra keys counted among the tokens behind the picture."""
+    """Layout of a call of that kind, its extra keys counted among the tokens behind the picture, finished frames as the
+    picture's first ones."""
     if forward.grid is None:
         return None
-    arch, extra = forward.run.arch, count(forward, queries, keys)
+    arch, extra, earlier = forward.run.arch, count(forward, queries, keys), before(forward, queries, keys)
+    grid = (forward.grid[0] + (forward.before if earlier else 0), *forward.grid[1:])
     pad = arch.pad(forward.diffusion_model)
-    return archs.layout_of(arch, forward.grid, kind, queries + extra, keys, references + extra, pad)
+    return archs.layout_of(arch, grid, kind, queries + extra + earlier, keys, references + extra, pad)
 
 
 def widened(call: AttentionCall) -> AttentionCall:
@@ -44,12 +55,20 @@ def widened(call: AttentionCall) -> AttentionCall:
     if call.layout is None or missing <= 0 or call.layout.total != call.k.shape[2]:
         return call
     b, h, n, d = call.q.shape
+    first = before(call.forward, n, call.k.shape[2])
     q = call.q.new_zeros(b, h, n + missing, d)
-    q[:, :, :n] = call.q
+    q[:, :, first : first + n] = call.q
     mask = call.mask
     if mask is not None and mask.shape[2] == n:
-        mask = torch.cat([mask, mask[:, :, -1:].expand(-1, -1, missing, -1)], 2)
+        ends = mask[:, :, :1].expand(-1, -1, first, -1), mask[:, :, -1:].expand(-1, -1, missing - first, -1)
+        mask = torch.cat([ends[0], mask, ends[1]], 2)
     return replace(call, q=q, mask=mask)
+
+
+def own(call: AttentionCall, out: torch.Tensor, queries: int) -> torch.Tensor:
+    """Of what a plan gave for a widened call [B, H, N, D] the part of the call's own queries."""
+    first = before(call.forward, queries, call.k.shape[2]) if out.shape[2] > queries else 0
+    return out[:, :, first : first + queries]
 
 
 def biases(forward, call: AttentionCall) -> bool:

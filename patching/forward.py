@@ -68,6 +68,7 @@ class Forward:
     part: Part | None = None  # of the picture that this call computes; None: all
     held: dict[Any, Any] = field(default_factory=dict)  # what features keep for this call, by feature
     covered: tuple[int, int, int] | None = None  # tokens that the image's positions reach over, where they were moved
+    before: int = 0  # frames whose keys stand before the image's in self-attention of the stack
 
     def see(self, diffusion_model: Any, x: Any) -> None:
         """The tensor that reaches the diffusion model fixes the token grid."""
@@ -104,6 +105,10 @@ class NetworkFeature(Feature):
         """forward.inputs hold what the network is given by name, as other packs' wrappers left it -> the
         transformer_options that it gets in place of `options`, which stay as they are."""
         return options
+
+    def other_inputs(self, state: Any, forward: Forward) -> dict[str, Any]:
+        """Arguments, by name, that the network is given in place of those in forward.inputs."""
+        return {}
 
 
 class PartFeature(Feature):
@@ -174,9 +179,20 @@ def diffusion_model(executor, *args, **kwargs):
         options = attention.above(forward, options)
         for feature in forward.run.acting:
             if isinstance(feature, NetworkFeature):
+                args, kwargs = _given(
+                    forward, feature.other_inputs(forward.run.states[feature], forward), names, args, kwargs
+                )
                 options = feature.before_network(forward.run.states[feature], forward, options)
         args, kwargs = replace_options(args, kwargs, options)
     return executor(*args, **kwargs)
+
+
+def _given(forward: Forward, other: dict[str, Any], names: tuple[str, ...], args, kwargs):
+    """(args, kwargs) of the network with these arguments in place of its own."""
+    forward.inputs.update(other)
+    forward.timestep = other.get("timestep", forward.timestep)
+    args = [other.get(name, value) for name, value in zip(names, args, strict=False)] + list(args[len(names) :])
+    return args, {**kwargs, **{name: value for name, value in other.items() if name not in names[: len(args)]}}
 
 
 def stream_keys(run: Run, options: dict[str, Any], x: torch.Tensor) -> tuple[StreamKey, ...]:

@@ -7,7 +7,7 @@ fits; rows of tokens that are left out hold nothing of meaning, and nothing read
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import comfy.model_management
 import torch
@@ -44,6 +44,7 @@ DTYPES = {"model": None, "bfloat16": torch.bfloat16, "fp8_e4m3": FP8}
 class RegionFeature(ModelFeature, BlockFeature, KeyFeature):
     """Settings of the node. reset_steps: dense steps after the first ones; None: every reset_every-th."""
 
+    skips: ClassVar[bool] = True
     name: str = "Region-Adaptive Sampling"
     choice: Choice = field(default_factory=Choice)
     start_step: int = 4

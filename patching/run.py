@@ -36,8 +36,9 @@ class Feature:
     unsupported: str = "error"  # or "warn": what to do where the architecture cannot be served
     inactive: str = ""  # why it does nothing on this MODEL
     adds_keys: ClassVar[bool] = (
-        False  # it puts keys behind those of the stack's calls, and says so in Forward.extra_keys
+        False  # it puts keys beside those of the stack's calls, and says so in Forward.extra_keys or Forward.before
     )
+    skips: ClassVar[bool] = False  # it may leave out part of an evaluation's work
 
     def begin(self, run: "Run") -> Any:
         """The state of one sampling run. May raise ValueError where the node cannot act."""
@@ -108,11 +109,12 @@ class Run:
     started: float = field(default_factory=time.perf_counter)
     latent_shapes: tuple[tuple[int, ...], ...] = ()  # of several latents that core packs into one row
     sampler: str = ""  # name of the sampler's function, e.g. "sample_euler"
+    whole: bool = False  # whether evaluations are asked for in full now: what they compute is kept
 
     @property
     def acting(self) -> tuple[Feature, ...]:
-        """The features that can act on this MODEL."""
-        return tuple(f for f in self.features if not f.inactive)
+        """The features that can act on this MODEL, now."""
+        return tuple(f for f in self.features if not f.inactive and not (self.whole and f.skips))
 
     @property
     def stochastic(self) -> bool:

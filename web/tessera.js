@@ -5,6 +5,7 @@ import { app } from "../../scripts/app.js";
 import { list, object } from "./dom.mjs?v=0.1.0";
 import { featureLine } from "./line.mjs?v=0.1.0";
 import { buildReport } from "./report.mjs?v=0.1.0";
+import { SAMPLERS, drawStop, stopRow } from "./stop.mjs?v=0.1.0";
 import { findNode, hidePanel, showPanel } from "./widget.mjs?v=0.1.0";
 
 const PREFIX = "Tessera"; // of every node id of the pack
@@ -68,6 +69,10 @@ app.registerExtension({
 
   setup() {
     api.addEventListener("tessera.run", (event) => drawLines(event.detail, false));
+    api.addEventListener("tessera.blocks", (event) => {
+      const node = findNode(graph(), object(event.detail).node);
+      if (node) drawStop(node, event.detail);
+    });
   },
 
   beforeRegisterNodeDef(nodeType, nodeData) {
@@ -77,6 +82,10 @@ app.registerExtension({
       earlier?.apply(this, arguments);
       drawReport(this, output);
     };
+  },
+
+  nodeCreated(node) {
+    if (SAMPLERS.includes(node.comfyClass)) showPanel(app, node, "tessera_stop", stopRow(api, node));
   },
 
   /** A workflow was loaded, or an undo rebuilt its nodes. */

@@ -1,0 +1,75 @@
+"""What the network is given for one block: the frames of it, and the frames' part of every condition, by ComfyUI's own
+rules for context windows."""
+
+from typing import Any
+
+import torch
+from comfy.context_windows import IndexListCallbacks, IndexListContextHandler, IndexListContextWindow
+
+from .block_memory import CURRENT, Block
+
+FRAMES = 2  # dimension of [B, C, T, H, W]
+WHOLE = (
+    "c_crossattn",
+    "crossattn_controlnet",
+    "y",
+    "guidance",
+    "clip_fea",
+)  # never cut, however many numbers they have
+
+
+class BlockWindow(IndexListContextHandler):
+    """Stands in core's slot for context windows while blocks are sampled: one window, the block, with its clean prefix."""
+
+    def __init__(self, shape: tuple[int, ...]):
+        """shape [B, C, T, H, W] of the whole clip."""
+        super().__init__(None, None, context_length=shape[FRAMES], dim=FRAMES)
+        self.whole = torch.empty(shape, device="meta")
+        self.callbacks = {IndexListCallbacks.RESIZE_COND_ITEM: {"tessera": [_uncut]}}
+        self.block: Block | None = None
+        self.clean: torch.Tensor | None = None  # [B, C, P, H, W]
+        self.prompts: tuple[list[dict], list[dict]] | None = None  # the guider's positive, and what stands for it
+        self._cut: dict[int, tuple[list[dict], list[dict]]] = {}
+
+    def show(self, block: Block, clean: torch.Tensor | None, prompts: tuple[list[dict], list[dict]] | None) -> None:
+        """The block that the next evaluations are of. clean: its prefix."""
+        self.block, self.clean, self.prompts = block, clean, prompts
+        self._cut.clear()
+
+    def should_use_context(self, model, conds, x_in, timestep, model_options) -> bool:
+        return self.block is not None
+
+    def execute(self, calc_cond_batch, model, conds, x_in, timestep, model_options):
+        """x_in [B, C, frames of the block, H, W] -> one prediction of that shape for each list of conditions."""
+        self._model = model
+        block = self.block
+        assert block is not None
+        frames = [*block.prefix, *range(block.first, block.last)]
+        window = IndexListContextWindow(frames, dim=FRAMES, total_frames=block.frames)
+        model_options["transformer_options"]["context_window"] = window
+        chosen = [self._chosen(given) for given in conds]
+        for role, given in enumerate(chosen):
+            for number, cond in enumerate(given or ()):
+                block.slots[role, cond.get("uuid")] = (role, number)
+        x = x_in if self.clean is None else torch.cat([self.clean.to(x_in), x_in], FRAMES)
+        cut = [None if given is None else self._cut_once(given, window) for given in chosen]
+        out = calc_cond_batch(model, cut, x, timestep, model_options)
+        return [part[:, :, len(block.prefix) :] for part in out]
+
+    def _chosen(self, given: list[dict] | None) -> list[dict] | None:
+        return self.prompts[1] if self.prompts is not None and given is self.prompts[0] else given
+
+    def _cut_once(self, given: list[dict], window: IndexListContextWindow) -> list[dict]:
+        """Conditions are the same lists all through a block."""
+        if id(given) not in self._cut:
+            self._cut[id(given)] = given, self.get_resized_cond(given, self.whole, window)
+        return self._cut[id(given)][1]
+
+
+def _uncut(name: str, value: Any, window, x_in, device, given):
+    return value if name in WHOLE else None
+
+
+def current(options: dict[str, Any]) -> Block | None:
+    """The block that a call of the network is of, outside of block samplers None."""
+    return options.get(CURRENT)

@@ -1,0 +1,136 @@
+"""The loop over blocks, with memories that know nothing."""
+
+import asyncio
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from block_helper import SIGMAS, Nothing, clip, euler, sampled
+from nodes_helper import error, model_of
+from tiny_models import conds, empty_latent
+
+from tessera.patching import block_stop
+from tessera.patching.block_sampler import BlockSampler
+from tessera.patching.video_state import VideoState
+
+
+def blocks(memory=None, **settings):
+    memory = memory or Nothing()
+    return BlockSampler("Block Video Sampler", settings.pop("per_block", 2), lambda guider, options: memory, **settings)
+
+
+@pytest.fixture(scope="module")
+def wan():
+    return model_of("wan_meta")
+
+
+def test_one_block_is_the_plain_run(wan):
+    want = sampled(*wan, euler(), cfg=3.0)
+    assert error(sampled(*wan, blocks(per_block=4, inner=euler()), cfg=3.0), want) < 1e-6
+
+
+def test_blocks_are_opened_in_order_each_with_a_commit_pass_but_the_last(wan):
+    memory = Nothing()
+    sampled(*wan, blocks(memory), frames=5)
+    assert memory.opened == [(0, 3, False), (0, 3, True), (3, 5, False)]
+
+
+def test_a_stop_keeps_what_is_done(wan):
+    whole = sampled(*wan, blocks(), frames=6)
+
+    def stop(step, x0, x, total):
+        if step == 4:  # within the second block of three steps
+            assert block_stop.stop("9") == ["9"] and block_stop.stop("8") == []
+
+    cut = sampled(*wan, blocks(node="9"), frames=6, callback=stop)
+    assert torch.equal(cut, whole[:, :, :4])
+    assert block_stop.stop() == []
+
+
+def test_the_preview_grows_by_a_block(wan):
+    seen = []
+    out = sampled(*wan, blocks(), frames=6, callback=lambda step, x0, x, total: seen.append((step, x0.shape[2], total)))
+    assert [entry for entry in seen if entry[0] % 3 == 2] == [(2, 2, 9), (5, 4, 9), (8, 6, 9)]
+    assert [step for step, _, _ in seen] == list(range(9)) and out.shape[2] == 6
+
+
+def test_frames_that_are_given_stay(wan):
+    latent = torch.randn(clip(wan[1], 6).shape)
+    mask = torch.ones(1, 1, 6, 1, 1)
+    mask[:, :, :3] = 0  # the first block, and half of the second one
+    out = sampled(*wan, blocks(), latent=latent, mask=mask)
+    assert error(out[:, :, :3], latent[:, :, :3]) < 1e-5
+    assert error(out[:, :, 3:], latent[:, :, 3:]) > 0.1
+
+
+@pytest.mark.parametrize("frames", [1, 2])
+def test_a_prompt_takes_over_at_its_block(wan, frames):
+    other = [[torch.randn_like(conds(wan[1])[0][0][0]), {}]]
+    plain, changed = (sampled(*wan, blocks(prompts=p), frames=6) for p in ([], [(frames, other)]))
+    assert torch.equal(plain[:, :, : 2 * frames], changed[:, :, : 2 * frames])
+    assert error(changed[:, :, 2 * frames :], plain[:, :, 2 * frames :]) > 1e-4
+
+
+def test_a_continued_clip_is_the_uninterrupted_one(wan):
+    kept = VideoState()
+    whole = sampled(*wan, blocks(), frames=7, batch=2)
+    stop = lambda step, x0, x, total: block_stop.stop() if step == 3 else None  # noqa: E731
+    first = sampled(*wan, blocks(keep=kept), frames=7, batch=2, callback=stop)
+    rest = sampled(*wan, blocks(resume=kept.taken("This test")), frames=7, batch=2)
+    assert first.shape[2] == 5 and torch.equal(rest, whole)
+
+
+def test_an_error_leaves_no_state(wan):
+    kept = VideoState()
+    sampled(*wan, blocks(keep=kept))
+
+    def interrupt(step, x0, x, total):
+        raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        sampled(*wan, blocks(keep=kept), callback=interrupt)
+    with pytest.raises(ValueError, match="empty video state"):
+        kept.taken("Save Video State")
+    assert block_stop.stop() == []
+
+
+def test_wrong_sigmas_and_latents_get_a_sentence(wan):
+    with pytest.raises(ValueError, match="end at 0"):
+        sampled(*wan, blocks(), sigmas=SIGMAS[:-1])
+    flux = model_of("flux")
+    with pytest.raises(ValueError, match="video latent"):
+        sampled(*flux, blocks(), latent=empty_latent(flux[1]))
+    kept = VideoState()
+    sampled(*wan, blocks(keep=kept), frames=4)
+    with pytest.raises(ValueError, match="4 finished frames"):
+        sampled(*wan, blocks(resume=kept.snapshot), frames=4)
+
+
+def test_the_route_stops_the_run_of_a_node_and_refuses_nonsense(monkeypatch):
+    routes, sent = {}, []
+    server = SimpleNamespace(
+        routes=SimpleNamespace(post=lambda path: lambda handler: routes.setdefault(path, handler)),
+        client_id="c",
+        send_sync=lambda event, message, client: sent.append((event, message, client)),
+    )
+    monkeypatch.setattr(block_stop, "_server", lambda: server)
+    block_stop.register()
+
+    def post(body):
+        async def read():
+            return json.loads(body)
+
+        request = SimpleNamespace(can_read_body=bool(body), json=read)
+        answer = asyncio.run(routes[block_stop.ROUTE](request))
+        return answer.status, json.loads(answer.body)
+
+    assert post("") == (200, {"stopping": []})
+    with block_stop.watch("12:5") as run, block_stop.watch(None) as other:
+        run.tell(1, 4)
+        assert post('{"node": "12:5"}') == (200, {"stopping": ["12:5"]}) and run.asked and not other.asked
+        assert post("{}")[1] == {"stopping": ["12:5", None]} and other.asked
+        assert post("[]")[0] == post("{")[0] == post('{"node": {}}')[0] == 400
+    told = [message["running"] for _, message, _ in sent]
+    assert sent[0][:1] + sent[0][2:] == ("tessera.blocks", "c") and told == [True, False]
+    assert post("{}") == (200, {"stopping": []})

@@ -1,0 +1,173 @@
+"""Block Video Sampler: equal to core's block-causal sampler, to the plain run in one block, and to a masked model."""
+
+import dataclasses
+import gc
+import weakref
+
+import pytest
+import torch
+from block_helper import euler, made, masked, node, sampled
+from nodes_helper import error, facts, kinds, model_of, run_node, taylor, watching
+from tiny_models import load, write_checkpoint
+from tiny_specs import SPECS
+
+import comfy.samplers  # isort: skip
+from comfy.model_management import InterruptProcessingException  # isort: skip
+
+from tessera.nodes.attention.local_window_attention import LocalWindowAttention
+from tessera.patching.run import Run
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """(core's causal model, the stock one of the same weights, their spec)."""
+    folder, causal = tmp_path_factory.mktemp("blocks"), SPECS["wan_ar"]
+    plain = dataclasses.replace(causal, metadata={k: v for k, v in causal.metadata.items() if k != "causal_ar"})
+    models = []
+    for name, spec in (("causal", causal), ("plain", plain)):
+        write_checkpoint(spec, folder / f"{name}.safetensors")
+        models.append(load(folder / f"{name}.safetensors"))
+    names = [type(model.model.diffusion_model).__name__ for model in models]
+    assert names == ["CausalWanModel", "WanModel"]
+    return *models, causal
+
+
+@pytest.fixture(scope="module")
+def core(pair):
+    """What core's sampler makes of 6 frames in blocks of 2."""
+    return sampled(pair[0], pair[2], comfy.samplers.ksampler("ar_video", {"num_frame_per_block": 2}), frames=6)
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["causal class", "stock class"])
+def test_it_equals_cores_sampler(pair, core, which):
+    assert error(made(pair[which], pair[2], run={"frames": 6}), core) < 1e-5
+
+
+def test_one_block_is_the_plain_run(pair):
+    want = sampled(*pair[1:], euler(), cfg=3.0)
+    assert error(made(*pair[1:], frames_per_block=4, sampler=euler(), run={"cfg": 3.0}), want) < 1e-6
+
+
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+@pytest.mark.parametrize(("window", "sink"), [(0, 0), (1, 0), (1, 1), (2, 3)])
+def test_it_equals_a_masked_model(pair, cfg, window, sink):
+    """Of 7 frames by 2: blocks of 3, 2 and 2."""
+    got = made(*pair[1:], window_blocks=window, sink_frames=sink, run={"frames": 7, "cfg": cfg})
+    want = masked(*pair[1:], [0, 3, 5, 7], cfg, window, sink)
+    assert error(got, want) < 1e-5
+    if window == 1 and not sink:
+        assert error(got, masked(*pair[1:], [0, 3, 5, 7], cfg)) > 1e-3  # the window matters
+
+
+def test_keys_on_the_cpu_change_nothing(pair):
+    run = {"frames": 6, "cfg": 3.0}
+    assert torch.equal(made(*pair[1:], keep_keys_on="cpu", run=run), made(*pair[1:], run=run))
+
+
+@pytest.mark.parametrize(("stored", "bound"), [("fp8_e4m3", 0.03), ("int8", 0.005)])
+def test_keys_of_8_bits(pair, core, stored, bound):
+    patched, sampler, _ = node(pair[1], key_dtype=stored)
+    got = sampled(patched, pair[2], sampler, frames=6)
+    assert 1e-5 < error(got, core) < bound
+    plain, sampler, _ = node(pair[1])
+    sampled(plain, pair[2], sampler, frames=6)
+    held = [facts(model, "Block Video Sampler")["peak_bytes"] for model in (patched, plain)]
+    assert held[0] < 0.35 * held[1]
+
+
+def test_memory_is_flat_behind_a_window(pair):
+    held = []
+    for frames in (8, 24):
+        patched, sampler, _ = node(pair[1], window_blocks=1, sink_frames=1)
+        sampled(patched, pair[2], sampler, frames=frames)
+        held.append(facts(patched, "Block Video Sampler")["peak_bytes"])
+    assert held[0] == held[1] > 0
+
+
+def test_a_batch_is_its_clips(pair):
+    both = made(*pair[1:], run={"frames": 4, "batch": 2})
+    assert torch.isfinite(both).all() and error(both[0], both[1]) > 0.1
+
+
+def test_a_plan_sees_finished_frames_as_frames(pair):
+    """A window that spans the clip is dense attention; one of a frame's neighbours leaves the pairs of far frames out."""
+    run = {"frames": 6, "cfg": 3.0}
+    want = made(*pair[1:], run=run)
+    found = {}
+    for reach in (8, 1):
+        patched, sampler, _ = node(pair[1])
+        patched = run_node(LocalWindowAttention, model=patched, radius=8, temporal_radius=reach, min_tokens=0)[0]
+        found[reach] = error(sampled(patched, pair[2], sampler, **run), want), facts(patched, "Local Window Attention")
+    assert found[8][0] < 1e-5 < 1e-3 < found[1][0]
+    told = found[1][1]
+    assert told["served"] == 2 * (
+        3 + 3
+    )  # of two blocks of the model, the evaluations of the second and third of the clip
+    assert told["pairs_fraction"] < 0.8 and told["declined"]["outside the chosen steps"] == 4  # the commit passes
+
+
+def test_a_cache_skips_inside_blocks_but_never_a_commit_pass(pair):
+    sigmas = torch.linspace(1, 0, 13)
+    run = {"frames": 6, "sigmas": sigmas}
+    want = made(*pair[1:], sampler=euler(), run=run)
+    patched, sampler, _ = node(pair[1], sampler=euler())
+    patched = taylor(patched, tail_full=0)
+    with watching(patched) as watch:
+        got = sampled(patched, pair[2], sampler, **run)
+    told = facts(patched)
+    assert told["restarts"] == 2 and told["forecast"] == 3 * kinds(patched)[:12].count("p") > 0
+    assert len(told["decisions"]) == 36 and watch.each == [told["full"] + 2] * 2  # and two commit passes in full
+    assert 0 < error(got, want) < 0.2
+
+
+def test_another_packs_override_gets_the_keys_too(pair):
+    seen = []
+
+    def theirs(func, q, k, v, *args, **kwargs):
+        seen.append((q.shape[-2], k.shape[-2]))
+        return func(q, k, v, *args, **kwargs)
+
+    patched, sampler, _ = node(pair[1])
+    patched.model_options["transformer_options"]["optimized_attention_override"] = theirs
+    got = sampled(patched, pair[2], sampler)
+    assert error(got, made(*pair[1:])) == 0 and (32, 64) in seen
+
+
+def test_an_interrupt_leaves_nothing(pair):
+    patched, sampler, _ = node(pair[1])
+    kept = []
+
+    def stop(step, x0, x, total):
+        run = next(o for o in gc.get_objects() if type(o) is Run and o.states)
+        memory = next(iter(run.states.values()))
+        if memory.chunks:
+            kept.extend([weakref.ref(memory), weakref.ref(next(iter(memory.chunks.values())))])
+            raise InterruptProcessingException
+
+    with pytest.raises(InterruptProcessingException):
+        sampled(patched, pair[2], sampler, frames=6, callback=stop)
+    gc.collect()
+    assert len(kept) == 2 and all(ref() is None for ref in kept)
+    options = patched.model_options["transformer_options"]
+    assert not {"tessera_block", "tessera_run", "rope_options", "context_window"} & set(options)
+    assert "context_handler" not in patched.model_options
+
+
+def test_wrong_models_get_a_sentence(pair):
+    with pytest.raises(ValueError, match="Flux does not let it do"):
+        node(model_of("flux")[0])
+    with pytest.raises(ValueError, match="its own time step, which LTX"):
+        node(model_of("ltxv_meta")[0], memory="frames")
+    with pytest.raises(ValueError, match="does not come from the same node"):
+        sampled(pair[1], pair[2], node(pair[1])[1])
+    with pytest.raises(ValueError, match="on this MODEL already"):
+        node(node(pair[1])[0])
+
+
+def test_other_families_in_one_block():
+    model, spec = model_of("kandinsky5")
+    want = sampled(model, spec, euler(), frames=4, cfg=3.0)
+    assert error(made(model, spec, frames_per_block=4, sampler=euler(), run={"cfg": 3.0}), want) < 1e-6
+    patched, sampler, _ = node(model)
+    cut = sampled(patched, spec, sampler, cfg=3.0)
+    assert facts(patched, "Block Video Sampler")["frames_kept"] == 2 and error(cut[:, :, 2:], want[:, :, 2:]) > 1e-3
