@@ -56,6 +56,7 @@ def _load(name: str, strict: bool) -> list[type[io.ComfyNode]]:
 class TesseraExtension(ComfyExtension):
     async def on_load(self) -> None:
         folder_paths.add_model_folder_path("diffusion_models", str(ROOT / "models"))
+        _serve()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         found = discover()
@@ -73,6 +74,18 @@ async def _register(found: list[type[io.ComfyNode]]) -> None:
             await ComfyAPI().node_replacement.register(replacement)
     except Exception:
         log.info("Tessera: nodes of other packs are not replaced here", exc_info=log.isEnabledFor(logging.DEBUG))
+
+
+def _serve() -> None:
+    """The sidebar's routes; without them it starts empty after a reload."""
+    try:
+        from ..patching.history import serve
+
+        serve()
+    except Exception:
+        log.info(
+            "Tessera: the sidebar cannot ask this server for earlier runs", exc_info=log.isEnabledFor(logging.DEBUG)
+        )
 
 
 def _kernels() -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from server import PromptServer
 
+from .history import HISTORY
 from .pictures import Sketch
 
 log = logging.getLogger("tessera")
@@ -82,6 +83,8 @@ def same_latent(a: Marks | None, b: Marks) -> bool:
 
 def publish(run, ended: str, ledger: Ledger | None, patches: str, made: Any = None) -> None:
     """Collects the facts of every feature, stores the record and tells the canvas. made: the latent that the run gave."""
+    marks = marks_of(made)  # waits for the device, so that the last evaluation has ended
+    run.timeline.end(run, time.perf_counter())
     seconds = time.perf_counter() - run.started
     entries, sketches, lost = [], {}, defaultdict(list)
     for number, feature in enumerate(run.features):
@@ -109,15 +112,16 @@ def publish(run, ended: str, ledger: Ledger | None, patches: str, made: Any = No
         "patches": patches,
     }
     if ledger is not None:
-        ledger.add(run.features, record, marks_of(made), sketches)
-    notify(record)
+        ledger.add(run.features, record, marks, sketches)
+    whole = run.live.whole(run, record, sketches)
+    HISTORY.add(run.live.client, whole, sketches)
+    notify(whole, run.live.client)
 
 
-def notify(record: dict[str, Any]) -> None:
-    """Sends a record to the canvas of whoever queued the prompt; silent where no server runs."""
-    server = getattr(PromptServer, "instance", None)
-    if server is not None and hasattr(server, "send_sync"):
-        server.send_sync(EVENT, record, getattr(server, "client_id", None))
+def notify(record: dict[str, Any], client: str | None) -> None:
+    """Sends a record to the canvas of whoever queued the prompt; silent where no canvas did."""
+    if client is not None:
+        PromptServer.instance.send_sync(EVENT, record, client)
 
 
 def latest_record(model, latent: Any = None, masks: bool = False) -> dict[str, Any]:
