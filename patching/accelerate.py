@@ -15,6 +15,7 @@ from ..methods.measure.stack_search import Goal, Stack, Tried, best, front, sear
 from . import stacks
 from .compose import check
 from .memory import grid_of
+from .report import tell
 from .run import ChoosingFeature, Feature, features_of, run_once
 from .sizes import fingerprint
 from .trials import Trials
@@ -124,6 +125,7 @@ class Accelerate(ChoosingFeature):
             if kept:
                 ladders[kind] = kept
         job.begin(self.trials)
+        self._tell(job, "plain", [])
         points = [job.plain()]
         walk, answer = search(self.goal, ladders), None
         while job.done < self.trials - CONFIRMING:
@@ -131,9 +133,17 @@ class Accelerate(ChoosingFeature):
                 stack = walk.send(answer) if answer is not None else next(walk)
             except StopIteration:
                 break
+            self._tell(job, stack.name, points)
             answer = job.trial(stack)
             points.append(answer)
         return self._confirmed(job, points), declined
+
+    def _tell(self, job: Trials, name: str, points: list[Tried]) -> None:
+        """The canvas what is tried now."""
+        found = best(points, self.goal) if points else None
+        so_far = "" if found is None else f"{found.stack.name}, {found.ratio:.2f}×"
+        told = {"node": self.node, "trial": job.done + 1, "of": self.trials, "name": name, "best": so_far}
+        tell("tessera.trial", {**told, "front": chart_points(points, found)})
 
     def _confirmed(self, job: Trials, points: list[Tried]) -> list[Tried]:
         """The points after the plain MODEL and the choice were measured once more: what a busy moment made look fast is
@@ -150,9 +160,7 @@ class Accelerate(ChoosingFeature):
 
     def _profile(self, job: Trials, points: list[Tried]) -> StackProfile:
         choice = best(points, self.goal)
-        leading = {id(p) for p in front(points)}
-        told = [{"name": p.stack.name, "ratio": round(p.ratio, 4), "loss": round(p.loss, 6), "seconds": round(p.seconds, 4),
-                 "front": id(p) in leading, "chosen": p is choice, **p.facts} for p in points]  # fmt: skip
+        told = chart_points(points, choice)
         return StackProfile(
             choice.stack.parts, fingerprint(job.model.diffusion_model), job.architecture, job.sampler, job.steps, list(job.shape),
             self.asked, told, job.device, job.judged,
@@ -181,3 +189,10 @@ class Accelerate(ChoosingFeature):
         with job.weights("weights" in profile.stack):
             own = job.others if "weights" not in profile.stack else features_of(self.packed.model_options)
             return run_once(executor, (*own, head, *added), args, kwargs, owners=features)[0]
+
+
+def chart_points(points: list[Tried], choice: Tried | None) -> list[dict[str, Any]]:
+    """What a chart and a profile tell of each stack that was tried."""
+    leading = {id(p) for p in front(points)}
+    return [{"name": p.stack.name, "ratio": round(p.ratio, 4), "loss": round(p.loss, 6), "seconds": round(p.seconds, 4),
+             "front": id(p) in leading, "chosen": p is choice, **p.facts} for p in points]  # fmt: skip

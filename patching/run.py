@@ -14,8 +14,10 @@ from comfy.patcher_extension import WrappersMP
 
 from .. import archs
 from .clock import Clock, expected_evaluations
+from .live import Live
 from .pictures import Sketch
 from .report import Ledger, publish
+from .timeline import Timeline
 
 log = logging.getLogger("tessera")
 FEATURES, RUN, LEDGER = "tessera_features", "tessera_run", "tessera_ledger"
@@ -62,6 +64,10 @@ class Feature:
     def shown(self, noise_shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the most of this noise that the model is given at once."""
         return noise_shape
+
+    def by_block(self, state: Any) -> list[str]:
+        """A word an evaluation, of a digit a block: tenths of its attention pairs that were computed, "." where all."""
+        return []
 
     def line(self, facts: dict[str, Any]) -> str:
         """One line for the node on the canvas."""
@@ -110,6 +116,9 @@ class Run:
     latent_shapes: tuple[tuple[int, ...], ...] = ()  # of several latents that core packs into one row
     sampler: str = ""  # name of the sampler's function, e.g. "sample_euler"
     whole: bool = False  # whether evaluations are asked for in full now: what they compute is kept
+    device: torch.device | None = None  # that the model runs on
+    timeline: Timeline = field(default_factory=Timeline)
+    live: Live = field(default_factory=Live)
 
     @property
     def acting(self) -> tuple[Feature, ...]:
@@ -128,6 +137,7 @@ class Run:
         """The sampler asks for one prediction."""
         self.clock.tick(sigma)
         self.seen.clear()
+        self.live.step(self)
 
 
 current_forward: ContextVar[Any] = ContextVar("tessera_forward", default=None)
@@ -230,9 +240,12 @@ def run_once(
     schedule, sampler = [float(s) for s in sigmas], sampler_name(args[2] if len(args) > 2 else kwargs.get("sampler"))
     clock = Clock(schedule, expected_evaluations(sampler, schedule))
     run = Run(features, clock, base, options, archs.find(base.diffusion_model), sampler=sampler)
+    run.device = getattr(guider.model_patcher, "load_device", None)
     run.latent_shapes = tuple(tuple(shape) for shape in kwargs.get("latent_shapes") or ())
     options[RUN] = run
     ended, made, record = "error", None, {}
+    if told:
+        run.live.begin(run)
     try:
         from .compose import check_run
 

@@ -9,16 +9,17 @@ import { decisionStrip, meter } from "./strip.mjs?v=0.1.0";
 /**
  * A feature in a report.
  * @param {Record<string, any>} feature
+ * @param {((id: string) => void) | unknown} [show] brings its node into view; anything but a function is left out
  * @returns {HTMLElement}
  */
-export function featureBlock(feature) {
+export function featureBlock(feature, show) {
   const { name, node, line, mask } = object(feature);
   const facts = object(object(feature).facts);
   const where = text(node) ? `node ${text(node)}` : "";
   return el(
     "section",
     { class: "tessera-feature", "data-feature": text(name) },
-    el("header", {}, el("b", {}, text(name) || "Unnamed"), el("span", { class: "tessera-dim" }, where)),
+    el("header", {}, title(text(name) || "Unnamed", text(node), show), el("span", { class: "tessera-dim" }, where)),
     el("div", { class: "tessera-feature-line" }, text(line)),
     decisionStrip(facts.decisions),
     number(facts.pairs_fraction) === null
@@ -34,6 +35,13 @@ export function featureBlock(feature) {
 function frontOf(facts) {
   const front = frontChart(facts.front, text(facts.judged) ? `1 − SSIM of the ${text(facts.judged)}` : "loss");
   return front ? [front, frontList(facts.front)] : [];
+}
+
+function title(name, node, show) {
+  if (typeof show !== "function" || !node) return el("b", {}, name);
+  const button = el("button", { type: "button", class: "tessera-show", title: "Show this node on the canvas" }, name);
+  button.addEventListener("click", () => show(node));
+  return button;
 }
 
 /** The numbers of a feature, folded away. @returns {HTMLElement | null} */

@@ -27,6 +27,13 @@ export function featureLine(feature, run) {
   );
 }
 
+/** A measurement of Accelerate while it lasts: {trial, of, name, best}. @returns {HTMLElement} */
+export function trialLine(trial) {
+  const best = text(trial.best) ? `; best so far: ${text(trial.best)}` : "";
+  const words = `Trial ${text(trial.trial)} of at most ${text(trial.of)}: ${text(trial.name)}${best}`;
+  return el("div", { class: "tessera-line", role: "status" }, el("div", { class: "tessera-line-text" }, words), frontChart(trial.front, "loss"));
+}
+
 /** What the numbers in a front chart mean, folded away. @returns {HTMLElement} */
 export function frontList(points) {
   const rows = frontLines(points).map((line) => el("li", {}, line));

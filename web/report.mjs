@@ -121,7 +121,7 @@ function compareBody(report) {
   ].filter(Boolean);
   const front = sides.length > 2 ? frontChart(report.points, text(report.loss_of) || "loss") : null;
   return [
-    el("div", { class: "tessera-wide" }, table(sides)),
+    el("div", { class: "tessera-scroll" }, table(sides)),
     how.length ? el("div", { class: "tessera-dim" }, how.join(" · ")) : null,
     front ? el("figure", {}, el("figcaption", { class: "tessera-dim" }, "Speed against loss"), front) : null,
     front ? frontList(report.points) : null,
