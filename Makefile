@@ -7,7 +7,7 @@ PYTEST := $(RUN) -m pytest -n 2 --dist loadfile
 export PYTHONPYCACHEPREFIX := $(CURDIR)/.host/pycache
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test test-all lint aot bench bench-gpu node-assets matrix attention-quality cache-quality serve clean
+.PHONY: setup demo test test-all lint aot bench bench-gpu node-assets matrix attention-quality cache-quality fidelity serve clean
 
 setup:
 	@$(PYTHON) bootstrap/setup.py
@@ -46,6 +46,9 @@ attention-quality: setup
 
 cache-quality: setup
 	$(RUN) bootstrap/cache_quality.py
+
+fidelity: setup
+	$(RUN) bootstrap/fidelity.py
 
 serve: setup
 	@$(RUN) bootstrap/serve.py

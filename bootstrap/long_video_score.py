@@ -1,10 +1,10 @@
 """How far a clip of the moving-digits model can be carried beyond the length that it was trained for: samples clips block by
 block, each block going on from the last clean frames, and lets a classifier of real digits read every block.
 
-    python bootstrap/long_video_score.py [--clips 20] [--times 4] [--block 4] [--steps 25] [--cfg 3] [--rival] [--grid out.png]
+    python bootstrap/long_video_score.py [--clips 20] [--times 4] [--block 4] [--steps 25] [--cfg 3] [--rival too] [--grid out.png]
 
-Clip i starts from the noise of seed i. A block counts where its digit and its direction are read as asked. --rival also
-samples the same clips whole through core's context windows of the trained length."""
+Clip i starts from the noise of seed i. A block counts where its digit and its direction are read as asked. --rival too
+also samples the same clips whole through core's context windows of the trained length."""
 
 import argparse
 import math
@@ -52,7 +52,6 @@ def by_windows(model):
         context_length=TRAINED,
         context_overlap=TRAINED // 2,
         dim=2,
-        causal_window_fix=False,
     )
     create_prepare_sampling_wrapper(patched)
     return patched, comfy.samplers.ksampler("euler")
@@ -112,12 +111,13 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=4, help="frames")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--cfg", type=float, default=DEFAULT_CFG["video"])
-    parser.add_argument("--rival", action="store_true", help="core's context windows too")
+    parser.add_argument("--rival", choices=["no", "too", "only"], default="no", help="core's context windows")
     parser.add_argument("--grid", type=Path, help="write the clips as a picture, one a row")
     args = parser.parse_args()
     model, reader, frames = load_model(ROOT / "models" / FILES["video"]), Reader(), TRAINED * args.times
     ways = {"block by block": (*by_blocks(model, args.block), args.clips)}
-    if args.rival:
+    if args.rival != "no":
+        ways = {} if args.rival == "only" else ways
         ways["core's context windows"] = (*by_windows(model), 1)  # they take no batch in ComfyUI 0.30
     for name, (patched, sampler, batch) in ways.items():
         start = time.perf_counter()

@@ -4,7 +4,7 @@ that say what did."""
 from typing import Any
 
 KEPT = ("default", "min", "max", "options", "multiselect")
-MODEL_FILES = (".safetensors", ".sft", ".gguf", ".ckpt", ".pt", ".pth", ".bin", ".onnx")
+MODEL_FILES = (".json", ".safetensors", ".sft", ".gguf", ".ckpt", ".pt", ".pth", ".bin", ".onnx")
 
 
 def slice_of(info: dict[str, Any]) -> dict[str, Any]:

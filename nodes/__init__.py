@@ -56,6 +56,7 @@ def _load(name: str, strict: bool) -> list[type[io.ComfyNode]]:
 class TesseraExtension(ComfyExtension):
     async def on_load(self) -> None:
         folder_paths.add_model_folder_path("diffusion_models", str(ROOT / "models"))
+        _serve()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         _routes()
@@ -84,6 +85,18 @@ def _routes() -> None:
         register()
     except Exception:
         log.info("Tessera: its routes are not served here", exc_info=log.isEnabledFor(logging.DEBUG))
+
+
+def _serve() -> None:
+    """The sidebar's routes; without them it starts empty after a reload."""
+    try:
+        from ..patching.history import serve
+
+        serve()
+    except Exception:
+        log.info(
+            "Tessera: the sidebar cannot ask this server for earlier runs", exc_info=log.isEnabledFor(logging.DEBUG)
+        )
 
 
 def _kernels() -> str:

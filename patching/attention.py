@@ -18,6 +18,7 @@ from .memory import grid_of, stream_elements
 from .pictures import Drawing, Sketch
 from .run import Feature
 from .sizes import heads_of
+from .timeline import BlockRows
 from .work import Work, advice, saving
 
 OVERRIDE = "optimized_attention_override"
@@ -34,12 +35,14 @@ class PlanState:
     dense_pairs: float = 0.0  # what dense attention would have computed in the same calls
     work: Work = field(default_factory=Work)
     drawing: Drawing = field(default_factory=Drawing)
+    rows: BlockRows = field(default_factory=BlockRows)
 
     def add(self, call: AttentionCall, answer: Answer) -> None:
         self.served += 1
         self.pairs += answer.pairs
         self.dense_pairs += answer.dense_pairs
         self.drawing.see(call, answer)
+        self.rows.share(call.forward.run.clock.evaluation, call.block, answer.pairs, answer.dense_pairs)
 
     def facts(self) -> dict[str, Any]:
         calls = self.served + sum(self.declined.values())
@@ -100,7 +103,6 @@ class AttentionFeature(Feature):
                 f"dense_first_blocks {first} and dense_last_blocks {last} leave none of the {count} blocks of this "
                 f"{arch.name} to {self.name}. Lower them."
             )
-
         if count and not self._chosen(count):
             raise ValueError(
                 f"blocks: all that are named are among the dense first {self.dense_blocks[0]} or last "
@@ -133,6 +135,9 @@ class AttentionFeature(Feature):
 
     def sketch(self, state: PlanState, steps: int) -> Sketch | None:
         return state.drawing.sketch(steps)
+
+    def by_block(self, state: PlanState) -> list[str]:
+        return state.rows.words(0, 1 + max(state.rows.rows, default=-1))
 
     def bypassed(self, run, facts: dict[str, Any]) -> str:
         return "" if self.inactive or facts.get("calls", 1) else rivals.sentence(run, self)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from .. import archs
+from . import timeline
 from .run import Feature, current_forward
 
 Streams = tuple[Any, ...]  # tensors, or tuples of tensors (video and audio), in the order of Blocks.streams
@@ -63,15 +64,29 @@ def block_path(diffusion_model: Any, spec: archs.Blocks, index: int) -> str:
 
 def around(forward, block: BlockPosition, streams: Streams, compute) -> Streams:
     """Runs one block through every block feature of the run: inner ones inside, else the newest outermost."""
-    proceed = compute
+    ran = []
+
+    def proceed(values):
+        ran.append(forward.outputs is None)  # else a cache knows what its modules give
+        return compute(values)
+
     features = [f for f in forward.run.acting if isinstance(f, BlockFeature)]
     for feature in sorted(features, key=lambda f: not f.inner):
         proceed = _layer(feature, forward, block, proceed)
     before, forward.block = forward.block, block
     try:
-        return proceed(streams)
+        out = proceed(streams)
+        if features and not torch.compiler.is_compiling():
+            _note(forward, block, ran, streams, out)
+        return out
     finally:
         forward.block = before
+
+
+def _note(forward, block: BlockPosition, ran: list[bool], given: Streams, out: Streams) -> None:
+    passed = not ran and all(a is b for a, b in zip(given, out, strict=False))
+    letter = timeline.COMPUTED if any(ran) else timeline.PASSED if passed else timeline.FILLED
+    forward.run.timeline.block(forward.run.clock.evaluation, block, letter)
 
 
 def _layer(feature, forward, block, proceed):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from server import PromptServer
 
+from .history import HISTORY
 from .pictures import Sketch
 
 log = logging.getLogger("tessera")
@@ -80,8 +81,13 @@ def same_latent(a: Marks | None, b: Marks) -> bool:
     return torch.allclose(torch.tensor(a[1]), torch.tensor(b[1]), rtol=1e-2, atol=1e-5, equal_nan=True)
 
 
-def publish(run, ended: str, ledger: Ledger | None, patches: str, made: Any = None) -> None:
-    """Collects the facts of every feature, stores the record and tells the canvas. made: the latent that the run gave."""
+def publish(
+    run, ended: str, ledger: Ledger | None, patches: str, made: Any = None, owners: Any = None, told: bool = True
+) -> dict[str, Any]:
+    """Collects the facts of every feature, stores the record under its owners, the features of the MODEL, and tells the
+    canvas. made: the latent that the run gave."""
+    marks = marks_of(made)  # waits for the device, so that the last evaluation has ended
+    run.timeline.end(run, time.perf_counter())
     seconds = time.perf_counter() - run.started
     entries, sketches, lost = [], {}, defaultdict(list)
     for number, feature in enumerate(run.features):
@@ -109,15 +115,26 @@ def publish(run, ended: str, ledger: Ledger | None, patches: str, made: Any = No
         "patches": patches,
     }
     if ledger is not None:
-        ledger.add(run.features, record, marks_of(made), sketches)
-    notify(record)
+        ledger.add(owners or run.features, record, marks, sketches)
+    if told:
+        whole = run.live.whole(run, record, sketches)
+        HISTORY.add(run.live.client, whole, sketches)
+        notify(whole, run.live.client)
+    return record
 
 
-def notify(record: dict[str, Any]) -> None:
-    """Sends a record to the canvas of whoever queued the prompt; silent where no server runs."""
+def notify(record: dict[str, Any], client: str | None) -> None:
+    """Sends a record to the canvas of whoever queued the prompt; silent where no canvas did."""
+    if client is not None:
+        PromptServer.instance.send_sync(EVENT, record, client)
+
+
+def tell(event: str, data: dict[str, Any]) -> None:
+    """Sends small facts to the canvas of whoever queued the prompt; silent where none did."""
     server = getattr(PromptServer, "instance", None)
-    if server is not None and hasattr(server, "send_sync"):
-        server.send_sync(EVENT, record, getattr(server, "client_id", None))
+    client = getattr(server, "client_id", None)
+    if client is not None:
+        server.send_sync(event, data, client)
 
 
 def latest_record(model, latent: Any = None, masks: bool = False) -> dict[str, Any]:

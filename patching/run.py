@@ -14,8 +14,10 @@ from comfy.patcher_extension import WrappersMP
 
 from .. import archs
 from .clock import Clock, expected_evaluations
+from .live import Live
 from .pictures import Sketch
 from .report import Ledger, publish
+from .timeline import Timeline
 
 log = logging.getLogger("tessera")
 FEATURES, RUN, LEDGER = "tessera_features", "tessera_run", "tessera_ledger"
@@ -62,6 +64,10 @@ class Feature:
     def shown(self, noise_shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the most of this noise that the model is given at once."""
         return noise_shape
+
+    def by_block(self, state: Any) -> list[str]:
+        """A word an evaluation, of a digit a block: tenths of its attention pairs that were computed, "." where all."""
+        return []
 
     def line(self, facts: dict[str, Any]) -> str:
         """One line for the node on the canvas."""
@@ -110,6 +116,9 @@ class Run:
     latent_shapes: tuple[tuple[int, ...], ...] = ()  # of several latents that core packs into one row
     sampler: str = ""  # name of the sampler's function, e.g. "sample_euler"
     whole: bool = False  # whether evaluations are asked for in full now: what they compute is kept
+    device: torch.device | None = None  # that the model runs on
+    timeline: Timeline = field(default_factory=Timeline)
+    live: Live = field(default_factory=Live)
 
     @property
     def acting(self) -> tuple[Feature, ...]:
@@ -128,6 +137,7 @@ class Run:
         """The sampler asks for one prediction."""
         self.clock.tick(sigma)
         self.seen.clear()
+        self.live.step(self)
 
 
 current_forward: ContextVar[Any] = ContextVar("tessera_forward", default=None)
@@ -199,29 +209,51 @@ def sampler_name(sampler: Any) -> str:
     return getattr(function, "__name__", "")
 
 
+class ChoosingFeature(Feature):
+    """A feature that decides, when a sampler starts, which others act in that run."""
+
+    def choose(self, executor, features: tuple[Feature, ...], args: Any, kwargs: dict[str, Any]) -> Any:
+        """features: all on the MODEL. The latent that the sampler is to get; each run_once is one sampling run."""
+        return run_once(executor, features, args, kwargs)[0]
+
+
 def _outer_sample(executor, *args, **kwargs):
+    features = features_of(executor.class_obj.model_options)
+    for feature in features:
+        if isinstance(feature, ChoosingFeature) and not feature.inactive:
+            return feature.choose(executor, features, args, kwargs)
+    return run_once(executor, features, args, kwargs)[0]
+
+
+def run_once(
+    executor, features: tuple[Feature, ...], args: Any, kwargs: dict[str, Any], owners: Any = None, told: bool = True
+) -> tuple[Any, dict[str, Any]]:
+    """(latent, record) of one sampling run with these features. owners: those on the MODEL, where they are others; told:
+    whether the canvas and Run Report hear of it."""
     guider = executor.class_obj
     kept = guider.model_options
-    features = features_of(kept)
     sigmas = args[3] if len(args) > 3 else kwargs["sigmas"]
     guider.model_options = comfy.model_patcher.create_model_options_clone(kept)
     options = guider.model_options["transformer_options"]
+    options[FEATURES] = features
     base = guider.model_patcher.model
     schedule, sampler = [float(s) for s in sigmas], sampler_name(args[2] if len(args) > 2 else kwargs.get("sampler"))
     clock = Clock(schedule, expected_evaluations(sampler, schedule))
     run = Run(features, clock, base, options, archs.find(base.diffusion_model), sampler=sampler)
+    run.device = getattr(guider.model_patcher, "load_device", None)
     run.latent_shapes = tuple(tuple(shape) for shape in kwargs.get("latent_shapes") or ())
     options[RUN] = run
-    ended, made = "error", None
+    ended, made, record = "error", None, {}
+    if told:
+        run.live.begin(run)
     try:
         from .compose import check_run
 
         check_run(run, guider.model_patcher)
         for feature in features:
             run.states[feature] = feature.begin(run)
-        result = executor(*args, **kwargs)
-        ended, made = "finished", result
-        return result
+        made = executor(*args, **kwargs)
+        ended = "finished"
     except BaseException as error:
         ended = "interrupted" if type(error).__name__ == "InterruptProcessingException" else "error"
         raise
@@ -230,12 +262,15 @@ def _outer_sample(executor, *args, **kwargs):
         options.pop(RUN, None)
         try:
             patches = str(getattr(guider.model_patcher, "patches_uuid", ""))
-            publish(run, ended, options.get(LEDGER), patches, first_part(made, kwargs.get("latent_shapes")))
+            ledger = options.get(LEDGER) if told else None
+            result = first_part(made, kwargs.get("latent_shapes"))
+            record = publish(run, ended, ledger, patches, result, owners or features, told)
         except Exception:  # a report must not replace the run's own result or error
             log.exception("Tessera: the report of this run could not be written")
         run.states.clear()
         run.options = {}
         run.model = None
+    return made, record
 
 
 def _predict_noise(executor, *args, **kwargs):

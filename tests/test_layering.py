@@ -17,10 +17,11 @@ RULES = {  # folder: (pack folders it may import, outside packages besides the s
                                                                           "comfy_execution", "comfy_kitchen", "server"}),
     "nodes": ({"patching", "methods", "networks", "kernels", "archs"}, {"torch", "comfy_api", "folder_paths"}),
 }  # fmt: skip
-EXTRA = {  # the bridge to another host
+EXTRA = {  # the bridge to another host; what ComfyUI's own server answers with
     "patching/diffusers.py": {"diffusers"},
     "patching/diffusers_arguments.py": {"diffusers"},
     "patching/diffusers_load.py": {"diffusers"},
+    "patching/history.py": {"aiohttp"},
 }
 FILES = [p for folder in RULES for p in sorted((ROOT / folder).rglob("*.py"))]
 

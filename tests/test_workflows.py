@@ -87,7 +87,7 @@ def test_template_shows_the_pack_and_runs_anywhere(path):
     files = models(value for value in values if value.endswith((".safetensors", ".gguf", "/transformer")))
     carried = {
         p.name
-        for folder in ("models", "presets/calibrations", "presets/olss")
+        for folder in ("models", "presets/calibrations", "presets/olss", "presets/video_states")
         for p in (ROOT / folder).glob("*.safetensors")
     }
     offered = models(weight["name"] for weight in needs(graph))

@@ -1,6 +1,7 @@
 /** The live line that a node shows after a run. */
 
 import { el, object, text } from "./dom.mjs?v=0.1.0";
+import { frontChart, frontLines } from "./front.mjs?v=0.1.0";
 import { decisionStrip } from "./strip.mjs?v=0.1.0";
 
 /**
@@ -13,14 +14,30 @@ export function featureLine(feature, run) {
   const facts = object(object(feature).facts);
   const line = text(object(feature).line);
   const strip = decisionStrip(facts.decisions);
-  if (!line && !strip) return null;
+  const front = frontChart(facts.front, text(facts.judged) ? `1 − SSIM of the ${text(facts.judged)}` : "loss");
+  if (!line && !strip && !front) return null;
   const stopped = ended(run);
   return el(
     "div",
     { class: "tessera-line", role: "status", "data-ended": text(object(run).ended) },
     el("div", { class: "tessera-line-text", title: line }, stopped ? el("b", {}, `${stopped} `) : null, line),
     strip,
+    front,
+    front ? frontList(facts.front) : null,
   );
+}
+
+/** A measurement of Accelerate while it lasts: {trial, of, name, best}. @returns {HTMLElement} */
+export function trialLine(trial) {
+  const best = text(trial.best) ? `; best so far: ${text(trial.best)}` : "";
+  const words = `Trial ${text(trial.trial)} of at most ${text(trial.of)}: ${text(trial.name)}${best}`;
+  return el("div", { class: "tessera-line", role: "status" }, el("div", { class: "tessera-line-text" }, words), frontChart(trial.front, "loss"));
+}
+
+/** What the numbers in a front chart mean, folded away. @returns {HTMLElement} */
+export function frontList(points) {
+  const rows = frontLines(points).map((line) => el("li", {}, line));
+  return el("details", {}, el("summary", {}, "What was tried"), el("ul", { class: "tessera-tried" }, ...rows));
 }
 
 /** "" for a finished run, else the word to show. @returns {string} */

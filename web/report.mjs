@@ -2,7 +2,8 @@
 
 import { bytes, digits, el, list, number, object, percent, seconds, text } from "./dom.mjs?v=0.1.0";
 import { featureBlock } from "./feature.mjs?v=0.1.0";
-import { ended } from "./line.mjs?v=0.1.0";
+import { frontChart } from "./front.mjs?v=0.1.0";
+import { ended, frontList } from "./line.mjs?v=0.1.0";
 import { probeBody, probeHeadline } from "./probe.mjs?v=0.1.0";
 import { errorCurve } from "./strip.mjs?v=0.1.0";
 
@@ -68,18 +69,21 @@ function counted(value, noun) {
   return n === null ? "" : `${digits(n)} ${noun}${n === 1 ? "" : "s"}`;
 }
 
-/** "b is 1.83× faster; SSIM 0.97, latent error 4 %". @returns {string} */
+/** "b is 1.83× faster; SSIM 0.97, latent error 4 %"; of more than two the fastest one. @returns {string} */
 function compareHeadline(report) {
-  const [a, b] = labels(report);
-  const speed = number(report.speedup);
+  const sides = sidesOf(report);
+  const speed = (side) => number(side.speedup) ?? number(report.speedup);
+  const b = sides.slice(1).reduce((best, side) => ((speed(side) ?? 0) > (speed(best) ?? 0) ? side : best), sides[1]);
+  const told = "ssim" in b ? b : report;
   const quality = [
-    report.identical === true ? "identical latents" : "",
-    number(report.ssim) === null ? "" : `SSIM ${digits(report.ssim)}`,
-    number(report.psnr) === null ? "" : `PSNR ${digits(report.psnr)} dB`,
-    number(report.latent_error) === null || report.identical === true ? "" : `latent error ${percent(report.latent_error)}`,
+    told.identical === true ? "identical latents" : "",
+    number(told.ssim) === null ? "" : `SSIM ${digits(told.ssim)}`,
+    number(told.psnr) === null ? "" : `PSNR ${digits(told.psnr)} dB`,
+    number(told.latent_error) === null || told.identical === true ? "" : `latent error ${percent(told.latent_error)}`,
   ];
   const loss = quality.filter(Boolean).join(", ");
-  return [pace(a, b, speed), loss].filter(Boolean).join("; ");
+  const headline = [pace(labelOf(sides[0], 0), labelOf(b, sides.indexOf(b)), speed(b)), loss].filter(Boolean).join("; ");
+  return sides.length > 2 ? `Fastest of ${sides.length}: ${headline}` : headline;
 }
 
 function pace(a, b, speed) {
@@ -88,19 +92,24 @@ function pace(a, b, speed) {
   return speed > 1 ? `${b} is ${speed.toFixed(2)}× faster` : `${b} is ${(1 / speed).toFixed(2)}× slower`;
 }
 
-function labels(report) {
-  return [text(object(report.a).label) || "a", text(object(report.b).label) || "b"];
+/** Every MODEL that was compared; a report of an older server has two. */
+function sidesOf(report) {
+  const models = list(report.models).map(object);
+  return models.length > 1 ? models : [object(report.a), object(report.b)];
+}
+
+function labelOf(side, n) {
+  return text(side.label) || "abcdefghijklmnopqrstuvwxyz"[n];
 }
 
 function compareBody(report) {
-  const sides = [object(report.a), object(report.b)];
-  const curve = errorCurve(report.per_step_error, report.sigmas);
+  const sides = sidesOf(report);
   const blocks = sides.map((side, i) =>
     list(side.features).length
       ? el(
           "div",
           { class: "tessera-side" },
-          el("div", { class: "tessera-side-name" }, labels(report)[i]),
+          el("div", { class: "tessera-side-name" }, labelOf(side, i)),
           ...list(side.features).map(featureBlock),
         )
       : null,
@@ -108,25 +117,43 @@ function compareBody(report) {
   const how = [
     number(report.repeats) === null ? "" : `median of ${digits(report.repeats)}`,
     text(report.device),
+    list(report.files).length ? `saved as ${list(report.files).map(text).join(", ")}` : "",
   ].filter(Boolean);
+  const front = sides.length > 2 ? frontChart(report.points, text(report.loss_of) || "loss") : null;
   return [
-    table(report, sides),
+    el("div", { class: "tessera-scroll" }, table(sides)),
     how.length ? el("div", { class: "tessera-dim" }, how.join(" · ")) : null,
-    curve ? el("figure", {}, el("figcaption", { class: "tessera-dim" }, "Latent error at each step"), curve) : null,
+    front ? el("figure", {}, el("figcaption", { class: "tessera-dim" }, "Speed against loss"), front) : null,
+    front ? frontList(report.points) : null,
+    ...curves(report, sides),
     ...blocks,
   ];
 }
 
-function table(report, sides) {
+/** One curve a MODEL that differs from the first. */
+function curves(report, sides) {
+  const told = sides.map((side, i) => [labelOf(side, i), side.per_step_error ?? (i === 1 ? report.per_step_error : null)]);
+  return told.slice(1).map(([label, errors]) => {
+    const curve = errorCurve(errors, report.sigmas);
+    const of = sides.length > 2 ? ` of ${label}` : "";
+    return curve ? el("figure", {}, el("figcaption", { class: "tessera-dim" }, `Latent error at each step${of}`), curve) : null;
+  });
+}
+
+function table(sides) {
+  const quality = sides.length > 2;
   const rows = [
     row("Time", sides.map((s) => number(object(s.seconds).median)), seconds, sides.map((s) => spread(s.seconds))),
+    quality ? row("Times faster", sides.map((s) => number(s.speedup)), times) : null,
+    quality ? row("SSIM", sides.map((s) => number(s.ssim)), digits) : null,
+    quality ? row("Latent error", sides.map((s) => number(s.latent_error)), percent) : null,
     row("Evaluations", sides.map((s) => number(s.evaluations)), digits),
     row("Blocks", sides.map((s) => number(s.blocks_computed)), digits, sides.map(blocksOf)),
     row("Attention pairs", sides.map((s) => number(s.pairs_fraction)), percent),
     row("Cache held", sides.map((s) => number(s.held_bytes)), bytes),
     row("Peak memory", sides.map((s) => number(s.peak_bytes)), bytes),
   ];
-  const names = labels(report).map((name) => el("th", { scope: "col", title: name }, name));
+  const names = sides.map((side, i) => el("th", { scope: "col", title: labelOf(side, i) }, labelOf(side, i)));
   return el(
     "table",
     { class: "tessera-compare" },
@@ -135,7 +162,11 @@ function table(report, sides) {
   );
 }
 
-/** A row of two numbers; a bar under each tells its share of the larger one. null where neither has one above zero. */
+function times(value) {
+  return number(value) === null ? "–" : `${value.toFixed(2)}×`;
+}
+
+/** A row of numbers; a bar under each tells its share of the larger one. null where none is above zero. */
 function row(name, values, format, titles = []) {
   const largest = Math.max(...values.map((v) => v ?? 0));
   if (largest <= 0) return null;

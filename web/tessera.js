@@ -1,12 +1,13 @@
-/** Entry of the canvas extension: live lines in the nodes after each run, report panels in the nodes that return one. */
+/** Entry of the canvas extension: lines in the nodes after each run, panels in the nodes that return a report, the sidebar. */
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { list, object } from "./dom.mjs?v=0.1.0";
-import { featureLine } from "./line.mjs?v=0.1.0";
+import { featureLine, trialLine } from "./line.mjs?v=0.1.0";
 import { buildReport } from "./report.mjs?v=0.1.0";
+import { Sidebar, TAB } from "./sidebar.mjs?v=0.1.0";
 import { SAMPLERS, drawStop, stopRow } from "./stop.mjs?v=0.1.0";
-import { findNode, hidePanel, showPanel } from "./widget.mjs?v=0.1.0";
+import { findNode, hidePanel, revealNode, showPanel } from "./widget.mjs?v=0.1.0";
 
 const PREFIX = "Tessera"; // of every node id of the pack
 const REPORT = "tessera_report"; // in a node's ui output
@@ -55,22 +56,90 @@ function drawLines(run, keep) {
   }
 }
 
+/** What Accelerate is trying, until the run that follows draws its own line. */
+function drawTrial(trial) {
+  const node = findNode(graph(), trial.node);
+  if (isOurs(node)) showPanel(app, node, "tessera_line", trialLine(trial));
+}
+
 /** A report that comes from the server's cache, after a reload say, also brings back the lines of its run. */
 function drawReport(node, output) {
   const report = list(object(output)[REPORT]).at(-1);
   if (report === undefined || !isOurs(node)) return;
+  if (object(report).kind === "plan") sidebar.plan = { report, workflow: workflowId() };
   showPanel(app, node, "tessera_report", buildReport(report), REPORT_WIDTH);
-  for (const run of [report, object(report).a, object(report).b]) drawLines(run, true);
+  const sides = list(object(report).models);
+  for (const run of [report, ...(sides.length ? sides : [object(report).a, object(report).b])]) drawLines(run, true);
+}
+
+const sidebar = new Sidebar({
+  title: (id) => findNode(graph(), id)?.title ?? "",
+  show: showNode,
+  ask: async (path) => {
+    try {
+      const answer = await api.fetchApi(`${path}${path.includes("?") ? "&" : "?"}client=${encodeURIComponent(api.clientId)}`);
+      return answer.ok ? await answer.json() : null;
+    } catch {
+      return null; // the server is away: the runs that are known stay
+    }
+  },
+});
+
+/** Of a workflow that has been loaded; a new graph has none yet. */
+function workflowId() {
+  const id = String(graph()?.id ?? "");
+  return /[1-9a-f]/.test(id) ? id : null;
+}
+
+function showNode(id, run) {
+  const elsewhere = run.workflow && workflowId() && run.workflow !== workflowId();
+  const node = elsewhere ? null : findNode(graph(), id);
+  if (node) return revealNode(app, node);
+  const detail = elsewhere ? "This run came from another workflow." : `Node ${id} is not on the canvas any more.`;
+  app.extensionManager.toast.add({ severity: "info", summary: "Tessera", detail, life: 4000 });
+}
+
+/** The server keeps the last runs of this page, so that they outlive a reload. */
+async function restoreRuns() {
+  const answer = await sidebar.host.ask("/tessera/runs");
+  if (answer) sidebar.runs.restore(answer.runs);
+}
+
+function listen() {
+  api.addEventListener("tessera.step", (event) => sidebar.runs.step(event.detail, workflowId()));
+  api.addEventListener("tessera.run", (event) => {
+    drawLines(event.detail, false);
+    sidebar.runs.finish(event.detail, workflowId());
+  });
+  api.addEventListener("tessera.blocks", (event) => {
+    const node = findNode(graph(), object(event.detail).node);
+    if (node) drawStop(node, event.detail);
+  });
+  api.addEventListener("tessera.trial", (event) => drawTrial(object(event.detail)));
+  api.addEventListener("reconnecting", () => sidebar.runs.lose());
+  api.addEventListener("reconnected", restoreRuns);
+  const first = () => {
+    if (!api.clientId) return;
+    api.removeEventListener("status", first);
+    restoreRuns();
+  };
+  api.addEventListener("status", first);
+  first();
 }
 
 app.registerExtension({
   name: "tessera.reports",
+  keybindings: [{ combo: { key: "t" }, commandId: `Workspace.ToggleSidebarTab.${TAB}` }],
 
   setup() {
-    api.addEventListener("tessera.run", (event) => drawLines(event.detail, false));
-    api.addEventListener("tessera.blocks", (event) => {
-      const node = findNode(graph(), object(event.detail).node);
-      if (node) drawStop(node, event.detail);
+    listen();
+    app.extensionManager.registerSidebarTab({
+      id: TAB,
+      icon: "tessera-icon",
+      title: "Tessera",
+      tooltip: "Tessera: what acted in the last runs",
+      type: "custom",
+      render: (element) => sidebar.render(element),
     });
   },
 

@@ -26,6 +26,17 @@ export function findNode(rootGraph, id) {
   return node;
 }
 
+/** Selects a node and brings it into view, in its own graph where it is inside a subgraph. */
+export function revealNode(app, node) {
+  const { canvas } = app;
+  if (node.graph && node.graph !== canvas.graph) {
+    if (node.graph.isRootGraph === false && canvas.openSubgraph) canvas.openSubgraph(node.graph, node);
+    else canvas.setGraph(node.graph);
+  }
+  canvas.selectNode(node);
+  canvas.centerOnNode(node);
+}
+
 /**
  * Shows `content` in a panel of the node, which is made the first time. Unfolded details stay unfolded.
  * @param {object} app the frontend's app

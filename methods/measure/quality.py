@@ -51,7 +51,14 @@ def _ssim_one(a: torch.Tensor, b: torch.Tensor, kernel: torch.Tensor) -> torch.T
     return score.mean()
 
 
-def side_by_side(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Images [N, H, W, C] -> [N, H, 3W, C]: a, b, and their difference stretched so that its largest value is 1."""
-    difference = (a - b).abs()
-    return torch.cat([a, b, difference / difference.max().clamp_min(1e-6)], dim=2)
+def similarity(a: torch.Tensor, b: torch.Tensor) -> float:
+    """How alike two latents [B, C, (T,) H, W] are, 1 for equal ones: SSIM of their channels, each scaled to the range that it
+    has in a; of latents without a plane, 1 - relative error. 0 where b is not finite."""
+    if not b.isfinite().all():
+        return 0.0
+    if a.ndim < 4 or min(a.shape[-2:]) < 3:
+        return max(0.0, 1.0 - relative_error(a, b))
+    dims = tuple(n for n in range(a.ndim) if n != 1)
+    low, high = a.amin(dims, keepdim=True), a.amax(dims, keepdim=True)
+    planes = [((x - low) / (high - low).clamp_min(1e-6)).clamp(0, 1).movedim(1, -1) for x in (a.float(), b.float())]
+    return ssim(*(p.reshape(-1, *p.shape[-3:]) for p in planes))

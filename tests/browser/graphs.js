@@ -36,6 +36,20 @@ window.tesseraTest = (() => {
     return branch(made, made.cache, seed, 80);
   };
 
+  /** The same on the digits model. */
+  const digits = (seed, steps) => {
+    app.graph.clear();
+    const made = {
+      model: add("UNETLoader", [40, 80], { unet_name: "digits_flux.safetensors" }),
+      text: add("TesseraDigitsPrompt", [40, 240], { text: "seven" }),
+      latent: add("EmptySD3LatentImage", [40, 460], { width: 128, height: 128 }),
+      cache: add("TesseraTaylorCache", [360, 80], { interval: 3 }),
+    };
+    const ids = branch(made, made.cache, seed, 80);
+    app.graph.getNodeById(ids.sampler).widgets.find((w) => w.name === "steps").value = steps;
+    return ids;
+  };
+
   /** The same with Local Window Attention in place of the cache; 3 steps. Returns the node ids. */
   const sparse = (seed) => {
     app.graph.clear();
@@ -130,5 +144,5 @@ window.tesseraTest = (() => {
       return [...(node.imgs ?? []), ...inside, ...widgets].some((img) => img.complete && img.naturalWidth);
     });
 
-  return { executed, overview, boxes, pictured, sampling, sparse, twins, comparison, record, panel, show };
+  return { executed, overview, boxes, pictured, sampling, digits, sparse, twins, comparison, record, panel, show };
 })();

@@ -20,7 +20,7 @@ def test_the_extension_loads_once_and_completely(canvas):
             if "/extensions/tessera/" in url]  # fmt: skip
     assert Counter(ours).most_common(1)[0][1] == 1
     files = {"tessera.js", "tessera.css", "dom.mjs", "strip.mjs", "line.mjs", "feature.mjs", "report.mjs", "widget.mjs",
-             "mask.mjs", "probe.mjs"}  # fmt: skip
+             "mask.mjs", "probe.mjs", "sidebar.mjs", "runs.mjs", "figure.mjs", "timeline.mjs", "acted.mjs"}  # fmt: skip
     assert set(ours) == {(f"tessera/{name}", 200) for name in files}
 
 

@@ -32,7 +32,7 @@ def compare(model_a, model_b, spec, steps=6, **inputs):
 def test_a_model_beside_itself(name):
     model, spec = model_of(name)
     out = compare(model, model, spec, repeats=2)
-    a, b, image, report = out
+    a, b, image, report, chart = out
     assert out.ui == {"tessera_report": [report]}
     assert json.loads(json.dumps(report, allow_nan=False)) == report
     assert report["identical"] and report["latent_error"] == 0 and report["per_step_error"] == [0.0] * 6
@@ -41,6 +41,8 @@ def test_a_model_beside_itself(name):
     for side in (report["a"], report["b"]):
         assert 0 < side["seconds"]["min"] <= side["seconds"]["median"] <= side["seconds"]["max"]
         assert (side["steps"], side["evaluations"], side["blocks_skipped"], side["features"]) == (6, 6, 0, [])
+    assert chart.ndim == 4 and chart.min() >= 0 and chart.max() <= 1
+    assert [p["name"] for p in report["points"]] == ["a", "b"]
     assert report["speedup"] > 0 and report["notes"] == ["timed 2 times each; 3 repeats or more give a steadier ratio"]
 
 
@@ -54,7 +56,7 @@ def test_counts_are_those_of_the_blocks(name, level):
         want = job(model)
     with watching(model) as watch:
         got = job(fast)
-    a, b, _, report = compare(model, fast, spec)
+    a, b, _, report, _ = compare(model, fast, spec)
     assert torch.equal(a["samples"], want) and torch.equal(b["samples"], got)
     assert report["a"]["blocks_computed"] == report["a"]["blocks_total"] == plain.blocks
     assert report["b"]["blocks_computed"] == watch.blocks
@@ -78,7 +80,7 @@ def test_pairs_of_attention():
 @pytest.mark.parametrize("name", ["flux", "wan_meta"])
 def test_digits_are_decoded(name):
     model, spec = model_of(name)
-    a, b, image, report = compare(model, taylor(model), spec, decode="digits")
+    a, b, image, report, _ = compare(model, taylor(model), spec, decode="digits")
     frames = spec.latent[2] if len(spec.latent) == 5 else 1
     h, w = (4 * n for n in spec.latent[-2:])
     assert image.shape == (frames, h, 3 * w, 3) and image.min() >= 0 and image.max() <= 1
@@ -151,7 +153,44 @@ def test_masks_and_further_keys_of_the_latent_stay():
     mask = torch.zeros(1, 1, 8, 12)
     mask[..., :6] = 1
     latent = {"samples": torch.randn(spec.latent), "noise_mask": mask, "batch_index": [0]}
-    a, b, _, _ = compare(model, taylor(model), spec, latent=latent)
+    a, b, _, _, _ = compare(model, taylor(model), spec, latent=latent)
     for out in (a, b):
         assert out["noise_mask"] is mask and out["batch_index"] == [0]
         assert error(out["samples"][..., 6:], latent["samples"][..., 6:]) < 1e-5
+
+
+def test_any_number_of_models(tmp_path, monkeypatch):
+    model, spec = model_of("wan_meta")
+    monkeypatch.setattr("folder_paths.get_output_directory", lambda: str(tmp_path))
+    more = {"model_c": taylor(model, interval=2), "model_d": model}
+    out = compare(
+        model, taylor(model), spec, steps=9, more=more, labels="plain, =three", save_as="mine", decode="digits"
+    )
+    _, b, image, report, chart = out
+    assert [side["label"] for side in report["models"]] == ["plain", "=three", "c", "d"]
+    assert torch.equal(b["samples"], Job(spec, steps=9)(taylor(model)))
+    assert report["models"][3]["identical"] and report["models"][3]["ssim"] == 1.0
+    assert report["models"][1]["blocks_skipped"] > report["models"][2]["blocks_skipped"] > 0
+    assert report["models"][1]["ssim"] == report["ssim"] and report["b"] == report["models"][1]
+    frames, (h, w) = spec.latent[2], (4 * n for n in spec.latent[-2:])
+    assert image.shape == (frames, 2 * h, 4 * w, 3) and chart.shape[0] == 1
+    assert image[:, h:, :w].max() == 0 and image[:, h:, w : 2 * w].max() == 1
+    whole, flat = (tmp_path / name for name in report["files"])
+    assert json.loads(whole.read_text())["models"][2]["label"] == "c"
+    rows = flat.read_text().splitlines()
+    assert len(rows) == 5 and rows[0].startswith("label,seconds,speedup,ssim") and rows[2].startswith("'=three,")
+    assert rows[0].endswith("error_step_9") and rows[4].endswith(",0.0" * 9)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "sentence"),
+    [
+        ({"labels": "a, b, c"}, "3 labels for 2 MODELs"),
+        ({"labels": "same, same"}, "same label among same, same"),
+        ({"save_as": "../out"}, "file name"),
+    ],
+)
+def test_labels_and_names_that_cannot_be(inputs, sentence):
+    model, spec = model_of("flux")
+    with pytest.raises(ValueError, match=sentence):
+        compare(model, model, spec, **inputs)

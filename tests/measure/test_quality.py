@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from tessera.methods.measure.quality import psnr, relative_error, side_by_side, ssim
+from tessera.methods.measure.chart import strip
+from tessera.methods.measure.quality import psnr, relative_error, ssim
 
 
 @pytest.fixture
@@ -84,8 +85,8 @@ def test_ssim_refuses_other_sizes(image):
 
 def test_side_by_side(image):
     other = (image + 0.1).clamp(0, 1)
-    out = side_by_side(image, other)
+    out = strip([image, other])
     assert out.shape == (2, 24, 96, 3)
     assert torch.equal(out[:, :, :32], image) and torch.equal(out[:, :, 32:64], other)
     assert out[:, :, 64:].max() == pytest.approx(1.0) and out.min() >= 0
-    assert side_by_side(image, image)[:, :, 64:].abs().max() == 0
+    assert strip([image, image])[:, :, 64:].abs().max() == 0

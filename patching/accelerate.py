@@ -1,0 +1,198 @@
+"""Accelerate: the first run on a MODEL tries stacks of accelerators on the sampler's own job and keeps the best; later
+runs apply what was found. Trials are whole sampling runs of the user's guider, with its prompts, noise and schedule."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..methods.measure import stack_files
+from ..methods.measure.stack_files import StackProfile
+from ..methods.measure.stack_search import Goal, Stack, Tried, best, front, search
+from . import stacks
+from .compose import check
+from .memory import grid_of
+from .report import tell
+from .run import ChoosingFeature, Feature, features_of, run_once
+from .sizes import fingerprint
+from .trials import Trials
+
+log = logging.getLogger("tessera")
+CONFIRMING = 2  # runs of the budget that are kept for measuring the choice and the plain MODEL once more
+SHORTEST = 4  # trials: plain, one stack, and both again
+
+
+@dataclass(frozen=True, eq=False)
+class Chosen(Feature):
+    """What Accelerate decided for one run, for its report and its line."""
+
+    name: str = "Accelerate"
+    told: dict[str, Any] = field(default_factory=dict)
+
+    def facts(self, state: Any) -> dict[str, Any]:
+        return self.told
+
+    def begin(self, run: Any) -> dict[str, Any]:
+        return self.told
+
+    def line(self, facts: dict[str, Any]) -> str:
+        if not facts:
+            return ""
+        how = f"{facts['trials']} trial runs" if facts["trials"] else f"profile {facts['profile']}"
+        note = f"; {facts['note']}" if facts.get("note") else ""
+        if not facts["stack"]:
+            return f"plain: no stack was faster within the goal ({how}){note}"
+        found = f"{facts['speedup']:.2f}× faster at {facts['judged']} SSIM {facts['similarity']:.3f}"
+        return f"{found}: {facts['chosen']} ({how}){note}"
+
+
+@dataclass(frozen=True, eq=False)
+class Accelerate(ChoosingFeature):
+    """packed: the same model with packed weights, to be tried in place of this one. profile: is applied without a trial.
+    folder, file: where what is found is written, and looked for before anything is tried unless `again`; an empty name is
+    made of the model, the sampler and the steps."""
+
+    name: str = "Accelerate"
+    goal: Goal = Goal(loss=0.1)
+    trials: int = 12
+    decode: Callable[[torch.Tensor], torch.Tensor] | None = None
+    packed: Any = None
+    profile: tuple[str, StackProfile] | None = None
+    folder: Path = Path()
+    file: str = ""
+    again: bool = False
+
+    def conflicts(self, other: Feature) -> str | None:
+        if isinstance(other, Accelerate):
+            return "Accelerate is on this MODEL already: one chooses for the whole MODEL. Remove one of them."
+        return None
+
+    def choose(self, executor, features, args, kwargs):
+        job = Trials(executor, tuple(f for f in features if f is not self), args, kwargs, self.decode, self.packed)
+        name, profile, note = self._known(job)
+        points: list[Tried] = []
+        if profile is None:
+            points, declined = self._measure(job)
+            profile = self._profile(job, points)
+            self._save(name, profile)
+            note = "; ".join(declined)
+        return self._apply(job, executor, features, args, kwargs, (name, profile, note, job.done))
+
+    def _known(self, job: Trials) -> tuple[str, StackProfile | None, str]:
+        """(file name, the profile that applies, what it differs in); None: it has to be measured."""
+        model, steps = fingerprint(job.model.diffusion_model), job.steps
+        if self.profile is not None:
+            name, profile = self.profile
+            if profile.model != model:
+                raise ValueError(
+                    f"Accelerate was given {name}, which was made for another model ({profile.architecture}). Choose the profile "
+                    "of this model, or measure."
+                )
+            misfit = profile.misfit(model, job.sampler, steps)
+            return name, profile, f"made for the {misfit}" if misfit else ""
+        name = self.file or f"{job.architecture}_{job.sampler.removeprefix('sample_')}_{steps}_{model[:6]}"
+        if self.again:
+            return name, None, ""
+        try:
+            profile = stack_files.load(self.folder, name)
+        except ValueError:
+            return name, None, ""
+        fits = not profile.misfit(model, job.sampler, steps) and profile.goal == self.asked
+        return name, profile if fits else None, ""
+
+    @property
+    def asked(self) -> dict[str, float]:
+        """The goal as a profile says it."""
+        if self.goal.loss is not None:
+            return {"ssim": round(1 - self.goal.loss, 6)}
+        return {"speedup": float(self.goal.ratio or 0)}
+
+    def _measure(self, job: Trials) -> tuple[list[Tried], list[str]]:
+        """(the plain run and every stack that was tried, what cannot act here)."""
+        if self.trials < SHORTEST:
+            raise ValueError(
+                f"Accelerate has no profile of this model, sampler and number of steps, and {self.trials} trials are too few "
+                f"to make one. Allow {SHORTEST} or more, or choose a profile."
+            )
+        ladders, declined = {}, []
+        grid = grid_of(job, job.shape) if job.arch is not None else None
+        for kind, several in stacks.ladders(grid, job.steps, job.arch is not None, self.packed is not None).items():
+            kept, why = stacks.served(several, job.others, job.patcher)
+            declined += why
+            if kept:
+                ladders[kind] = kept
+        job.begin(self.trials)
+        self._tell(job, "plain", [])
+        points = [job.plain()]
+        walk, answer = search(self.goal, ladders), None
+        while job.done < self.trials - CONFIRMING:
+            try:
+                stack = walk.send(answer) if answer is not None else next(walk)
+            except StopIteration:
+                break
+            self._tell(job, stack.name, points)
+            answer = job.trial(stack)
+            points.append(answer)
+        return self._confirmed(job, points), declined
+
+    def _tell(self, job: Trials, name: str, points: list[Tried]) -> None:
+        """The canvas what is tried now."""
+        found = best(points, self.goal) if points else None
+        so_far = "" if found is None else f"{found.stack.name}, {found.ratio:.2f}×"
+        told = {"node": self.node, "trial": job.done + 1, "of": self.trials, "name": name, "best": so_far}
+        tell("tessera.trial", {**told, "front": chart_points(points, found)})
+
+    def _confirmed(self, job: Trials, points: list[Tried]) -> list[Tried]:
+        """The points after the plain MODEL and the choice were measured once more: what a busy moment made look fast is
+        not chosen."""
+        choice = best(points, self.goal)
+        if not choice.stack.parts:
+            return points
+        plain = min(points[0].seconds, job.seconds_of(Stack()))
+        seconds = min(choice.seconds, job.seconds_of(choice.stack))
+        at = points.index(choice)
+        points[at] = replace(choice, seconds=seconds)
+        points[0] = replace(points[0], seconds=plain)
+        return [replace(p, ratio=plain / p.seconds) for p in points]
+
+    def _profile(self, job: Trials, points: list[Tried]) -> StackProfile:
+        choice = best(points, self.goal)
+        told = chart_points(points, choice)
+        return StackProfile(
+            choice.stack.parts, fingerprint(job.model.diffusion_model), job.architecture, job.sampler, job.steps, list(job.shape),
+            self.asked, told, job.device, job.judged,
+        )  # fmt: skip
+
+    def _save(self, name: str, profile: StackProfile) -> None:
+        try:
+            stack_files.save(self.folder, name, profile)
+        except OSError as error:  # the run must not be lost with it
+            log.warning("Accelerate could not write its profile %s: %s. The next run measures again.", name, error)
+
+    def _apply(self, job: Trials, executor, features, args, kwargs, found) -> Any:
+        name, profile, note, trials = found
+        added = stacks.features_of_stack(profile.stack, None)
+        for feature in added:
+            check(job.others, feature, job.patcher)
+            feature.attached(job.patcher)
+        chosen = next((p for p in profile.points if p.get("chosen")), {"ratio": 1.0, "loss": 0.0})
+        told = {
+            "stack": profile.stack, "chosen": profile.name, "speedup": chosen["ratio"],
+            "similarity": round(1 - chosen["loss"], 6), "judged": profile.judged, "trials": trials,
+            "profile": name, "note": note, "front": profile.points, "measured_on": profile.device,
+            "goal": profile.goal,
+        }  # fmt: skip
+        head = Chosen(self.node, told=told)
+        with job.weights("weights" in profile.stack):
+            own = job.others if "weights" not in profile.stack else features_of(self.packed.model_options)
+            return run_once(executor, (*own, head, *added), args, kwargs, owners=features)[0]
+
+
+def chart_points(points: list[Tried], choice: Tried | None) -> list[dict[str, Any]]:
+    """What a chart and a profile tell of each stack that was tried."""
+    leading = {id(p) for p in front(points)}
+    return [{"name": p.stack.name, "ratio": round(p.ratio, 4), "loss": round(p.loss, 6), "seconds": round(p.seconds, 4),
+             "front": id(p) in leading, "chosen": p is choice, **p.facts} for p in points]  # fmt: skip
