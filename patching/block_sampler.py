@@ -148,6 +148,7 @@ class _Loop:
             self._block(block, len(blocks) - begun, number - begun)
             done = number + 1
             ends = done == len(blocks) or watched.asked
+            self._tell(block, len(blocks) - begun, number - begun, ends)
             if self.memory.commits and not (ends and self.sampler.keep is None):
                 self._commit(block)
             self.memory.finished(block)
@@ -162,7 +163,7 @@ class _Loop:
         block.prefix = self.memory.prefix(self.boundaries, block.first)
         clean = self.out[:, :, block.prefix] if block.prefix else None
         began = [made for start, made in self.prompts if start <= block.number]
-        self.window.show(block, clean, (self.guider.conds["positive"], began[-1]) if began else None)
+        self.window.show(block, clean, (self.guider.conds.get("positive"), began[-1]) if began else None)
         self.transformer[CURRENT] = block
         if (run := self.transformer.get(RUN)) is not None:
             run.whole = block.commit  # no cache may answer where the memory stores
@@ -173,10 +174,8 @@ class _Loop:
         at = slice(block.first, block.last)
         noise, latent, steps = self.noise[:, :, at], self._part(self.latent, at), len(self.sigmas) - 1
         mask = None if self.mask is None else self._part(self.mask, at)
-        last: list[Any] = [noise, noise]
 
         def told(step, x0, x, total):
-            last[:] = x0, x
             if self.callback is not None and step < steps - 1:
                 self.callback(nth * steps + step, x0, x, blocks * steps)
 
@@ -189,8 +188,12 @@ class _Loop:
             self.out[:, :, at] = inner.sample(
                 self.guider, self.sigmas.clone(), arguments, told, noise, latent, mask, True
             )
-        if self.callback is not None:  # the finished frames, for the preview
-            self.callback((nth + 1) * steps - 1, self.out[:, :, : block.last], last[1], blocks * steps)
+
+    def _tell(self, block: Block, blocks: int, nth: int, ends: bool) -> None:
+        """The preview of a finished block: core's shows the first frame that it is given. What comes last is the clip."""
+        if self.callback is not None:
+            steps, made = len(self.sigmas) - 1, self.out[:, :, 0 if ends else block.first : block.last]
+            self.callback((nth + 1) * steps - 1, made, made, blocks * steps)
 
     def _part(self, tensor: torch.Tensor | None, at: slice) -> torch.Tensor | None:
         """A block's frames of what has all of them."""
