@@ -99,14 +99,32 @@ class _Loop:
         self.memory = sampler.memory(guider, self.transformer)
         self.window = self.options["context_handler"] = BlockWindow(tuple(noise.shape))
         self.out = torch.zeros_like(noise)
+        self.start = self._start()
         self.boundaries = self._begin()
         self.prompts = self._encoded()
+
+    def _start(self) -> torch.Tensor | None:
+        """Frames of core's AR Video I2V node, which are a block of their own before the first one that is made."""
+        given = self.transformer.get("ar_config", {}).get("initial_latent")
+        if given is None:
+            return None
+        given = self.guider.inner_model.process_latent_in(given).to(self.noise)
+        if given.shape[3:] != self.noise.shape[3:] or given.shape[FRAMES] >= self.noise.shape[FRAMES]:
+            raise ValueError(
+                f"{self.sampler.name}: the start image's latent {[*given.shape]} does not begin a clip {[*self.noise.shape]}; give both "
+                "one size, and the clip more frames."
+            )
+        return given.expand(self.noise.shape[0], -1, -1, -1, -1)
 
     def _begin(self) -> list[int]:
         """The blocks of this run; the finished ones of a state are put in place."""
         resume, frames, per_block = self.sampler.resume, self.noise.shape[FRAMES], self.sampler.per_block
         if resume is None:
-            return plan.split(frames, per_block, self.memory.lead)
+            if self.start is None:
+                return plan.split(frames, per_block, self.memory.lead)
+            given = self.start.shape[FRAMES]
+            self.out[:, :, :given] = self.start
+            return [0, *(given + at for at in plan.split(frames - given, per_block))]
         self.sampler.fits(resume, tuple(self.noise.shape), self._model(), type(self.memory).__name__)
         self.memory.restore(resume.tensors, resume.facts, self.noise.device)
         self.out[:, :, : resume.frames] = resume.latent.to(self.out)
@@ -179,12 +197,14 @@ class _Loop:
             if self.callback is not None and step < steps - 1:
                 self.callback(nth * steps + step, x0, x, blocks * steps)
 
-        if mask is not None and latent is not None and not mask.any():
+        if block.number == 0 and self.start is not None:
+            pass  # in place already
+        elif mask is not None and latent is not None and not mask.any():
             self.out[:, :, at] = latent  # frames that are given
         else:
             self._show(block)
             inner = self.sampler.inner or comfy.samplers.KSAMPLER(renoising)
-            arguments = {"model_options": self.options, "seed": plan.seed_of(self.seed, block.number)}
+            arguments = {"model_options": self.options, "seed": self._seed(block)}
             self.out[:, :, at] = inner.sample(
                 self.guider, self.sigmas.clone(), arguments, told, noise, latent, mask, True
             )
@@ -194,6 +214,9 @@ class _Loop:
         if self.callback is not None:
             steps, made = len(self.sigmas) - 1, self.out[:, :, 0 if ends else block.first : block.last]
             self.callback((nth + 1) * steps - 1, made, made, blocks * steps)
+
+    def _seed(self, block: Block) -> int:
+        return plan.seed_of(self.seed, max(block.number - (self.start is not None), 0))
 
     def _part(self, tensor: torch.Tensor | None, at: slice) -> torch.Tensor | None:
         """A block's frames of what has all of them."""
@@ -206,9 +229,9 @@ class _Loop:
         self._show(block)
         x, level = self.out[:, :, block.first : block.last], self.sampler.context_noise
         if level:
-            x = plan.renoise(x, level, self.seed, block.number, len(self.sigmas) - 1)
+            x = plan.renoise(x, level, self._seed(block), 0, len(self.sigmas) - 1)
         sigma = self.sigmas.new_full((x.shape[0],), level)
-        self.guider(x, sigma, model_options=self.options, seed=plan.seed_of(self.seed, block.number))
+        self.guider(x, sigma, model_options=self.options, seed=self._seed(block))
         block.commit = False
 
     def _keep(self, boundaries: list[int]) -> None:
