@@ -16,6 +16,7 @@ from ..methods.video import blocks as plan
 from . import block_stop
 from .block_memory import CURRENT, Block, BlockMemory
 from .block_window import FRAMES, BlockWindow
+from .cache import EASYCACHE
 from .run import RUN
 from .video_state import Snapshot, VideoState
 
@@ -61,6 +62,11 @@ class BlockSampler(comfy.samplers.Sampler):
         if model_options.get("context_handler") is not None:
             raise ValueError(
                 f"{self.name} and core's context windows both cut the clip into parts; take one of them off."
+            )
+        if EASYCACHE in model_options.get("transformer_options", {}):
+            raise ValueError(
+                f"{self.name}: core's EasyCache and LazyCache compare a block with the one before. Use Taylor Cache or Step Cache in "
+                "their place."
             )
 
     def fits(self, snapshot: Snapshot, shape: tuple[int, ...], model: str, memory: str) -> None:

@@ -6,15 +6,18 @@ import weakref
 
 import pytest
 import torch
-from block_helper import euler, made, masked, node, sampled
+from block_helper import SIGMAS, clip, euler, made, masked, node, sampled
 from nodes_helper import error, facts, kinds, model_of, run_node, taylor, watching
-from tiny_models import load, write_checkpoint
+from tiny_models import conds, load, write_checkpoint
 from tiny_specs import SPECS
 
+import comfy.sample  # isort: skip
 import comfy.samplers  # isort: skip
+from comfy_extras.nodes_easycache import LazyCacheNode  # isort: skip
 from comfy.model_management import InterruptProcessingException  # isort: skip
 
 from tessera.nodes.attention.local_window_attention import LocalWindowAttention
+from tessera.nodes.control.tiled_latents import TiledLatents
 from tessera.patching.run import Run
 
 
@@ -173,6 +176,30 @@ def test_wrong_models_get_a_sentence(pair):
         sampled(pair[1], pair[2], node(pair[1])[1])
     with pytest.raises(ValueError, match="on this MODEL already"):
         node(node(pair[1])[0])
+    with pytest.raises(ValueError, match="computes them in parts"):
+        run_node(TiledLatents, model=node(pair[1])[0])
+    patched, sampler, _ = node(pair[1])
+    patched = LazyCacheNode.execute(patched, 0.2, 0.15, 0.95, False).args[0]
+    with pytest.raises(ValueError, match="EasyCache and LazyCache compare"):
+        sampled(patched, pair[2], sampler)
+
+
+@pytest.mark.parametrize("sink", [0, 1])
+def test_frames_stay_in_the_sequence_clean(pair, sink):
+    """Of 6 frames by 2 behind a window of 2: the bare network with its own time step for each frame."""
+    _, model, spec = pair
+    network, positive = model.model.diffusion_model, conds(spec)[0][0][0]
+    got = made(model, spec, memory="frames", sink_frames=sink, sampler=euler(), run={"frames": 6})
+    x = noise = comfy.sample.prepare_noise(clip(spec, 6), 1)
+    with torch.inference_mode():
+        for past, first, last in (([], 0, 4), ([0] * sink + [2, 3], 4, 6)):
+            block = noise[:, :, first:last]
+            for sigma, following in zip(SIGMAS.tolist(), SIGMAS.tolist()[1:], strict=False):
+                times = torch.tensor([[0.0] * len(past) + [sigma * 1000] * (last - first)])
+                v = network(torch.cat([x[:, :, past], block], 2), times, positive, transformer_options={})
+                block = block + (following - sigma) * v[:, :, len(past) :]
+            x = torch.cat([x[:, :, :first], block], 2)
+    assert error(got, model.model.process_latent_out(x)) < 1e-5
 
 
 def test_other_families_in_one_block():
