@@ -93,7 +93,7 @@ def test_a_clip_that_is_stopped_and_continued_has_the_same_bits(window, frames):
     whole, _, _ = clip(frames, batch=2, cfg=2.0, **settings)
 
     def stop(step, x0, x, total):
-        if step == 3:  # in the second chunk
+        if step == 2:  # in the second chunk
             block_stop.stop()
 
     first, state, _ = clip(frames, batch=2, cfg=2.0, callback=stop, keep_state=True, **settings)
