@@ -6,6 +6,7 @@ import { frontChart } from "./front.mjs?v=0.1.0";
 import { ended, frontList } from "./line.mjs?v=0.1.0";
 import { planBody, planHeadline } from "./plan.mjs?v=0.1.0";
 import { probeBody, probeHeadline } from "./probe.mjs?v=0.1.0";
+import { profileBody, profileHeadline } from "./profile.mjs?v=0.1.0";
 import { errorCurve } from "./strip.mjs?v=0.1.0";
 
 /**
@@ -32,6 +33,7 @@ const KINDS = {
   compare: [compareHeadline, compareBody],
   probe: [probeHeadline, probeBody],
   plan: [planHeadline, planBody],
+  profile: [profileHeadline, profileBody],
   lines: [linesHeadline, linesBody],
 };
 
