@@ -10,7 +10,7 @@ from .attention_around import PastFeature
 from .block_memory import CURRENT, Block, BlockMemory
 from .block_window import FRAMES
 from .blocks import positions
-from .forward import Forward, NetworkFeature
+from .forward import Forward, NetworkFeature, PartFeature
 from .key_memory import STORED, KeyMemory
 from .memory import grid_of
 from .run import RUN, Feature, Run
@@ -79,6 +79,11 @@ class KeyBlocks(VideoBlocks, PastFeature):
                 f"{self.name} with memory keys moves frames to their place in the clip, which {arch.name if arch else class_name} does "
                 "not let it do. Use it with Wan 2.1 or 2.2, Wan VACE or Kandinsky 5."
             )
+
+    def conflicts(self, other: Feature) -> str | None:
+        if isinstance(other, PartFeature):
+            return f"{self.name} keeps the keys of whole frames, and {other.name} computes them in parts. Take one of them off."
+        return super().conflicts(other)
 
     def begin(self, run: Run) -> KeyMemory:
         memory = KeyMemory(self.name, self.window, self.sink, self.stored, "cpu" if self.keep_on == "cpu" else None)

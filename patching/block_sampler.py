@@ -16,6 +16,7 @@ from ..methods.video import blocks as plan
 from . import block_stop
 from .block_memory import CURRENT, Block, BlockMemory
 from .block_window import FRAMES, BlockWindow
+from .cache import EASYCACHE
 from .run import RUN
 from .video_state import Snapshot, VideoState
 
@@ -62,6 +63,11 @@ class BlockSampler(comfy.samplers.Sampler):
             raise ValueError(
                 f"{self.name} and core's context windows both cut the clip into parts; take one of them off."
             )
+        if EASYCACHE in model_options.get("transformer_options", {}):
+            raise ValueError(
+                f"{self.name}: core's EasyCache and LazyCache compare a block with the one before. Use Taylor Cache or Step Cache in "
+                "their place."
+            )
 
     def fits(self, snapshot: Snapshot, shape: tuple[int, ...], model: str, memory: str) -> None:
         """ValueError where the state is not of this clip."""
@@ -99,14 +105,32 @@ class _Loop:
         self.memory = sampler.memory(guider, self.transformer)
         self.window = self.options["context_handler"] = BlockWindow(tuple(noise.shape))
         self.out = torch.zeros_like(noise)
+        self.start = self._start()
         self.boundaries = self._begin()
         self.prompts = self._encoded()
+
+    def _start(self) -> torch.Tensor | None:
+        """Frames of core's AR Video I2V node, which are a block of their own before the first one that is made."""
+        given = self.transformer.get("ar_config", {}).get("initial_latent")
+        if given is None:
+            return None
+        given = self.guider.inner_model.process_latent_in(given).to(self.noise)
+        if given.shape[3:] != self.noise.shape[3:] or given.shape[FRAMES] >= self.noise.shape[FRAMES]:
+            raise ValueError(
+                f"{self.sampler.name}: the start image's latent {[*given.shape]} does not begin a clip {[*self.noise.shape]}; give both "
+                "one size, and the clip more frames."
+            )
+        return given.expand(self.noise.shape[0], -1, -1, -1, -1)
 
     def _begin(self) -> list[int]:
         """The blocks of this run; the finished ones of a state are put in place."""
         resume, frames, per_block = self.sampler.resume, self.noise.shape[FRAMES], self.sampler.per_block
         if resume is None:
-            return plan.split(frames, per_block, self.memory.lead)
+            if self.start is None:
+                return plan.split(frames, per_block, self.memory.lead)
+            given = self.start.shape[FRAMES]
+            self.out[:, :, :given] = self.start
+            return [0, *(given + at for at in plan.split(frames - given, per_block))]
         self.sampler.fits(resume, tuple(self.noise.shape), self._model(), type(self.memory).__name__)
         self.memory.restore(resume.tensors, resume.facts, self.noise.device)
         self.out[:, :, : resume.frames] = resume.latent.to(self.out)
@@ -148,6 +172,7 @@ class _Loop:
             self._block(block, len(blocks) - begun, number - begun)
             done = number + 1
             ends = done == len(blocks) or watched.asked
+            self._tell(block, len(blocks) - begun, number - begun, ends)
             if self.memory.commits and not (ends and self.sampler.keep is None):
                 self._commit(block)
             self.memory.finished(block)
@@ -162,7 +187,7 @@ class _Loop:
         block.prefix = self.memory.prefix(self.boundaries, block.first)
         clean = self.out[:, :, block.prefix] if block.prefix else None
         began = [made for start, made in self.prompts if start <= block.number]
-        self.window.show(block, clean, (self.guider.conds["positive"], began[-1]) if began else None)
+        self.window.show(block, clean, (self.guider.conds.get("positive"), began[-1]) if began else None)
         self.transformer[CURRENT] = block
         if (run := self.transformer.get(RUN)) is not None:
             run.whole = block.commit  # no cache may answer where the memory stores
@@ -173,24 +198,31 @@ class _Loop:
         at = slice(block.first, block.last)
         noise, latent, steps = self.noise[:, :, at], self._part(self.latent, at), len(self.sigmas) - 1
         mask = None if self.mask is None else self._part(self.mask, at)
-        last: list[Any] = [noise, noise]
 
         def told(step, x0, x, total):
-            last[:] = x0, x
             if self.callback is not None and step < steps - 1:
                 self.callback(nth * steps + step, x0, x, blocks * steps)
 
-        if mask is not None and latent is not None and not mask.any():
+        if block.number == 0 and self.start is not None:
+            pass  # in place already
+        elif mask is not None and latent is not None and not mask.any():
             self.out[:, :, at] = latent  # frames that are given
         else:
             self._show(block)
             inner = self.sampler.inner or comfy.samplers.KSAMPLER(renoising)
-            arguments = {"model_options": self.options, "seed": plan.seed_of(self.seed, block.number)}
+            arguments = {"model_options": self.options, "seed": self._seed(block)}
             self.out[:, :, at] = inner.sample(
                 self.guider, self.sigmas.clone(), arguments, told, noise, latent, mask, True
             )
-        if self.callback is not None:  # the finished frames, for the preview
-            self.callback((nth + 1) * steps - 1, self.out[:, :, : block.last], last[1], blocks * steps)
+
+    def _tell(self, block: Block, blocks: int, nth: int, ends: bool) -> None:
+        """The preview of a finished block: core's shows the first frame that it is given. What comes last is the clip."""
+        if self.callback is not None:
+            steps, made = len(self.sigmas) - 1, self.out[:, :, 0 if ends else block.first : block.last]
+            self.callback((nth + 1) * steps - 1, made, made, blocks * steps)
+
+    def _seed(self, block: Block) -> int:
+        return plan.seed_of(self.seed, max(block.number - (self.start is not None), 0))
 
     def _part(self, tensor: torch.Tensor | None, at: slice) -> torch.Tensor | None:
         """A block's frames of what has all of them."""
@@ -203,9 +235,9 @@ class _Loop:
         self._show(block)
         x, level = self.out[:, :, block.first : block.last], self.sampler.context_noise
         if level:
-            x = plan.renoise(x, level, self.seed, block.number, len(self.sigmas) - 1)
+            x = plan.renoise(x, level, self._seed(block), 0, len(self.sigmas) - 1)
         sigma = self.sigmas.new_full((x.shape[0],), level)
-        self.guider(x, sigma, model_options=self.options, seed=plan.seed_of(self.seed, block.number))
+        self.guider(x, sigma, model_options=self.options, seed=self._seed(block))
         block.commit = False
 
     def _keep(self, boundaries: list[int]) -> None:

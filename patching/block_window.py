@@ -3,6 +3,7 @@ rules for context windows."""
 
 from typing import Any
 
+import comfy.patcher_extension
 import torch
 from comfy.context_windows import IndexListCallbacks, IndexListContextHandler, IndexListContextWindow
 
@@ -25,7 +26,7 @@ class BlockWindow(IndexListContextHandler):
         """shape [B, C, T, H, W] of the whole clip."""
         super().__init__(None, None, context_length=shape[FRAMES], dim=FRAMES)
         self.whole = torch.empty(shape, device="meta")
-        self.callbacks = {IndexListCallbacks.RESIZE_COND_ITEM: {"tessera": [_uncut]}}
+        comfy.patcher_extension.add_callback(IndexListCallbacks.RESIZE_COND_ITEM, _uncut, self.callbacks)
         self.block: Block | None = None
         self.clean: torch.Tensor | None = None  # [B, C, P, H, W]
         self.prompts: tuple[list[dict], list[dict]] | None = None  # the guider's positive, and what stands for it

@@ -29,4 +29,5 @@ def stopped(model, spec, cfg=3.0, **inputs):
 
 def saved(state, prefix="video_states/clip"):
     out = run_node(SaveVideoState, samples={"samples": torch.zeros(1)}, state=state, filename_prefix=prefix).args
-    return out[1].splitlines()[0]
+    assert out[1].snapshot is state.snapshot
+    return out[2].splitlines()[0]

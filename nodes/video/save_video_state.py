@@ -4,7 +4,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ...methods.video.state_file import SUFFIX, save
-from ...patching.video_state import VideoStateSocket
+from ...patching.video_state import VideoState, VideoStateSocket
 
 
 class SaveVideoState(io.ComfyNode):
@@ -25,6 +25,7 @@ class SaveVideoState(io.ComfyNode):
             ],
             outputs=[
                 io.Latent.Output(display_name="samples", tooltip="The latent as it came."),
+                VideoStateSocket.Output(display_name="state", tooltip="The state as it was saved, for a block sampler that goes on in the same graph."),
                 io.String.Output(display_name="file", tooltip="The file's name in the output folder, and what it holds."),
             ],
             is_output_node=True,
@@ -38,4 +39,5 @@ class SaveVideoState(io.ComfyNode):
         )
         file = f"{name}_{number:05}_{SUFFIX}"
         save(Path(folder) / file, snapshot)
-        return io.NodeOutput(samples, f"{(Path(inside) / file).as_posix()}\n{snapshot.told()}")
+        about = f"{(Path(inside) / file).as_posix()}\n{snapshot.told()}"
+        return io.NodeOutput(samples, VideoState(snapshot), about)

@@ -10,6 +10,8 @@ from block_helper import SIGMAS, Nothing, clip, euler, sampled
 from nodes_helper import error, model_of
 from tiny_models import conds, empty_latent
 
+from comfy.patcher_extension import WrappersMP  # isort: skip
+
 from tessera.patching import block_stop
 from tessera.patching.block_sampler import BlockSampler
 from tessera.patching.video_state import VideoState
@@ -48,10 +50,10 @@ def test_a_stop_keeps_what_is_done(wan):
     assert block_stop.stop() == []
 
 
-def test_the_preview_grows_by_a_block(wan):
+def test_each_finished_block_is_previewed_and_the_clip_at_the_end(wan):
     seen = []
     out = sampled(*wan, blocks(), frames=6, callback=lambda step, x0, x, total: seen.append((step, x0.shape[2], total)))
-    assert [entry for entry in seen if entry[0] % 3 == 2] == [(2, 2, 9), (5, 4, 9), (8, 6, 9)]
+    assert [entry for entry in seen if entry[0] % 3 == 2] == [(2, 2, 9), (5, 2, 9), (8, 6, 9)]
     assert [step for step, _, _ in seen] == list(range(9)) and out.shape[2] == 6
 
 
@@ -134,3 +136,51 @@ def test_the_route_stops_the_run_of_a_node_and_refuses_nonsense(monkeypatch):
     told = [message["running"] for _, message, _ in sent]
     assert sent[0][:1] + sent[0][2:] == ("tessera.blocks", "c") and told == [True, False]
     assert post("{}") == (200, {"stopping": []})
+
+
+def seen_by_the_network(model, spec, sampler, name, **run):
+    """What the diffusion model is given as `name` in each evaluation."""
+    found, patched = [], model.clone()
+
+    def watch(executor, x, *args, **kwargs):
+        found.append((x if name == "x" else kwargs[name]).clone())
+        return executor(x, *args, **kwargs)
+
+    patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "test", watch)
+    sampled(patched, spec, sampler, sigmas=SIGMAS[-2:], **run)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "axis", "given"),
+    [
+        ("wan_i2v", "x", 2, lambda: {"concat_latent_image": torch.randn(1, 16, 5, 8, 8), "concat_mask": torch.rand(1, 1, 5, 8, 8)}),
+        ("wan_vace", "vace_context", 3, lambda: {"vace_frames": [torch.randn(1, 32, 5, 8, 8)],
+                                                 "vace_mask": [torch.rand(1, 64, 5, 8, 8)], "vace_strength": [1.0]}),
+    ],
+)  # fmt: skip
+def test_conditions_are_cut_to_the_block(family, name, axis, given):
+    model, spec = model_of(family)
+    positive = [[conds(spec)[0][0][0], given()]]
+    (whole,) = seen_by_the_network(model, spec, euler(), name, frames=5, positive=positive)
+    cut = seen_by_the_network(model, spec, blocks(inner=euler()), name, frames=5, positive=positive)
+    first = 16 if name == "x" else 0  # behind the latent itself
+    assert [part.shape[axis] for part in cut] == [3, 3, 2]
+    got = torch.cat([cut[0], cut[2]], axis)
+    assert torch.equal(got[:, first:], whole[:, first:]) and whole[:, first:].std() > 0
+
+
+def test_a_text_as_wide_as_the_clip_is_long_stays_whole():
+    model, spec = model_of("wan_meta")
+    width = spec.context[2]
+    latent = torch.zeros(1, 16, width, 4, 4)
+    found = []
+    patched = model.clone()
+
+    def watch(executor, x, t, context, *args, **kwargs):
+        found.append(context.shape[-1])
+        return executor(x, t, context, *args, **kwargs)
+
+    patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "test", watch)
+    sampled(patched, spec, blocks(per_block=32), latent=latent, sigmas=SIGMAS[-2:])
+    assert set(found) == {width}

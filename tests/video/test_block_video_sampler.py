@@ -6,15 +6,18 @@ import weakref
 
 import pytest
 import torch
-from block_helper import euler, made, masked, node, sampled
+from block_helper import SIGMAS, clip, euler, made, masked, node, sampled
 from nodes_helper import error, facts, kinds, model_of, run_node, taylor, watching
-from tiny_models import load, write_checkpoint
+from tiny_models import conds, load, write_checkpoint
 from tiny_specs import SPECS
 
+import comfy.sample  # isort: skip
 import comfy.samplers  # isort: skip
+from comfy_extras.nodes_easycache import LazyCacheNode  # isort: skip
 from comfy.model_management import InterruptProcessingException  # isort: skip
 
 from tessera.nodes.attention.local_window_attention import LocalWindowAttention
+from tessera.nodes.control.tiled_latents import TiledLatents
 from tessera.patching.run import Run
 
 
@@ -43,6 +46,17 @@ def test_it_equals_cores_sampler(pair, core, which):
     assert error(made(pair[which], pair[2], run={"frames": 6}), core) < 1e-5
 
 
+def test_a_start_image_is_that_of_cores_node(pair):
+    ar, plain, spec = pair
+    start, found = torch.randn(1, 16, 1, 8, 8), []
+    core = comfy.samplers.ksampler("ar_video", {"num_frame_per_block": 2})
+    for model, sampler in ((ar, core), node(plain)[:2]):
+        model = model.clone()
+        model.model_options["transformer_options"]["ar_config"] = {"initial_latent": start}
+        found.append(sampled(model, spec, sampler, frames=5))
+    assert error(found[1], found[0]) < 1e-5 and error(found[1][:, :, :1], start) < 1e-5
+
+
 def test_one_block_is_the_plain_run(pair):
     want = sampled(*pair[1:], euler(), cfg=3.0)
     assert error(made(*pair[1:], frames_per_block=4, sampler=euler(), run={"cfg": 3.0}), want) < 1e-6
@@ -64,7 +78,7 @@ def test_keys_on_the_cpu_change_nothing(pair):
     assert torch.equal(made(*pair[1:], keep_keys_on="cpu", run=run), made(*pair[1:], run=run))
 
 
-@pytest.mark.parametrize(("stored", "bound"), [("fp8_e4m3", 0.03), ("int8", 0.005)])
+@pytest.mark.parametrize(("stored", "bound"), [("fp8_e4m3", 2e-3), ("int8", 5e-4)])
 def test_keys_of_8_bits(pair, core, stored, bound):
     patched, sampler, _ = node(pair[1], key_dtype=stored)
     got = sampled(patched, pair[2], sampler, frames=6)
@@ -162,6 +176,30 @@ def test_wrong_models_get_a_sentence(pair):
         sampled(pair[1], pair[2], node(pair[1])[1])
     with pytest.raises(ValueError, match="on this MODEL already"):
         node(node(pair[1])[0])
+    with pytest.raises(ValueError, match="computes them in parts"):
+        run_node(TiledLatents, model=node(pair[1])[0])
+    patched, sampler, _ = node(pair[1])
+    patched = LazyCacheNode.execute(patched, 0.2, 0.15, 0.95, False).args[0]
+    with pytest.raises(ValueError, match="EasyCache and LazyCache compare"):
+        sampled(patched, pair[2], sampler)
+
+
+@pytest.mark.parametrize("sink", [0, 1])
+def test_frames_stay_in_the_sequence_clean(pair, sink):
+    """Of 6 frames by 2 behind a window of 2: the bare network with its own time step for each frame."""
+    _, model, spec = pair
+    network, positive = model.model.diffusion_model, conds(spec)[0][0][0]
+    got = made(model, spec, memory="frames", sink_frames=sink, sampler=euler(), run={"frames": 6})
+    x = noise = comfy.sample.prepare_noise(clip(spec, 6), 1)
+    with torch.inference_mode():
+        for past, first, last in (([], 0, 4), ([0] * sink + [2, 3], 4, 6)):
+            block = noise[:, :, first:last]
+            for sigma, following in zip(SIGMAS.tolist(), SIGMAS.tolist()[1:], strict=False):
+                times = torch.tensor([[0.0] * len(past) + [sigma * 1000] * (last - first)])
+                v = network(torch.cat([x[:, :, past], block], 2), times, positive, transformer_options={})
+                block = block + (following - sigma) * v[:, :, len(past) :]
+            x = torch.cat([x[:, :, :first], block], 2)
+    assert error(got, model.model.process_latent_out(x)) < 1e-5
 
 
 def test_other_families_in_one_block():
