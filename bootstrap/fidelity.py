@@ -162,7 +162,20 @@ def measure(kind: str, samples: int, steps: int, cache: Path, folder: Path) -> d
         if not math.isfinite(row["latent_error"]):
             raise SystemExit(f"{point.title} ({point.label}) gave values that are not finite.")
     right = lab.plain.right if lab.plain.turned is None else lab.plain.right & lab.plain.turned
-    return {"kind": kind, "plain": round(float(right.float().mean()), 4), "rows": rows}
+    return {
+        "kind": kind,
+        "samples": samples,
+        "steps": steps,
+        "plain": round(float(right.float().mean()), 4),
+        "rows": rows,
+    }
+
+
+def joined(made: list[dict[str, Any]]) -> dict[str, Any]:
+    """What was measured now, and the kinds that were measured before."""
+    before = json.loads(RECORD.read_text())["kinds"] if RECORD.exists() else []
+    kinds = {entry["kind"]: entry for entry in [*before, *made]}
+    return {"kinds": [kinds[name] for name in ("image", "video") if name in kinds]}
 
 
 def main() -> None:
@@ -181,7 +194,7 @@ def main() -> None:
         load_pack()
         with tempfile.TemporaryDirectory() as folder:
             made = [measure(kind, args.samples, args.steps, args.cache, Path(folder)) for kind in args.kinds.split(",")]
-        RECORD.write_text(json.dumps({"samples": args.samples, "steps": args.steps, "kinds": made}, indent=1) + "\n")
+        RECORD.write_text(json.dumps(joined(made), indent=1) + "\n")
     write_pages(json.loads(RECORD.read_text()))
 
 
