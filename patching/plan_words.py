@@ -19,7 +19,8 @@ STAGES = {  # in order of action; when each of them acts
     "guidance": "after the calls of a step, on their predictions",
 }
 TOLD_APART = ("node", "name", "unsupported", "inactive", "blocks", "percents", "sigma_percent", "given", "profile")
-MOST = 12  # settings of one row
+MOST = 12  # numbers of one setting
+LONG = 160  # letters of one setting
 OURS = __name__.partition(".patching")[0] + "."
 CORE = ("comfy", "comfy_api", "comfy_extras", "comfy_execution", "nodes")
 
@@ -65,9 +66,8 @@ def value_words(value: Any) -> str | None:
         return ranges(sorted(value))
     if isinstance(value, tuple) and any(value) and all(isinstance(n, int | float | str) for n in value[: MOST + 1]):
         return " ".join(str(n) for n in value) if len(value) <= MOST else f"of {len(value)}"
-    if is_dataclass(value) and not isinstance(value, type):
-        return f"({settings(value)})" if settings(value) else None
-    return None
+    inside = settings(value) if is_dataclass(value) and not isinstance(value, type) else ""
+    return f"({inside})" if 0 < len(inside) <= LONG else None  # weights and tables have no words
 
 
 def ranges(numbers: Iterable[int]) -> str:

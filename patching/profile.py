@@ -57,11 +57,10 @@ def measure(model: Any, job: Job, asked: Asked) -> Found:
     if total < 1:
         raise ValueError(f"{NAME} needs a schedule of at least 2 sigmas, got {len(job.sigmas)}; raise the steps.")
     steps = min(asked.steps or total, total)
-    compiled = "torch.compile" in model.wrappers.get(WrappersMP.APPLY_MODEL, {})
-    if compiled and asked.mode == "events":
+    if compiled(model) and asked.mode == "events":
         raise ValueError(
-            f"{NAME} cannot look inside a MODEL that torch.compile has made one piece of. Set mode to trace or analytic, or "
-            "connect the MODEL from before TorchCompileModel."
+            f"{NAME} cannot look inside of what torch.compile has made one piece of. Set mode to trace or analytic, or connect "
+            "the MODEL from before it was compiled."
         )
     progress = Progress({"analytic": 1, "trace": 2 + steps, "events": 2 + 2 * steps}[asked.mode])
     found = count(model, job, progress)
@@ -78,6 +77,13 @@ def measure(model: Any, job: Job, asked: Asked) -> Found:
         samples = found.outcome.samples
         found.outside["vae"] = timed(lambda: asked.decode(samples), model)  # type: ignore[misc]
     return found
+
+
+def compiled(model: Any) -> bool:
+    """By core's node, or as object patches of modules, as other packs do it."""
+    parts = model.object_patches.values()
+    wrapped = "torch.compile" in model.wrappers.get(WrappersMP.APPLY_MODEL, {})
+    return wrapped or any(type(part).__name__ == "OptimizedModule" for part in parts)
 
 
 def timed(act: Callable[[], Any], model: Any) -> float:
