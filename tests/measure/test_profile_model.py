@@ -118,6 +118,8 @@ def test_sparse_attention_is_seen_through_our_dispatcher_and_theirs_is_not_lost(
     found = m.measure(cut, job_of(cut, spec), m.Asked("events", 0))
     assert torch.equal(found.outcome.samples, want)
     assert found.run.lengths[120, 120] == 3 * 4 and found.run.lengths[120, 12] == 3 * 4
+    notes = profiled(cut, spec)["notes"]
+    assert any(n.startswith("Local Window Attention computed") and "FLOPs here count them all" in n for n in notes)
 
 
 class Halt(Exception):
