@@ -52,7 +52,7 @@ def test_two_attentions_and_a_cache_in_their_order_with_blocks_and_noise():
     assert names(report) == ["Taylor Cache", "Newer", "Local Window Attention"]
     cache, newer, older = report["rows"]
     assert (cache["stage"], cache["blocks"], cache["node"]) == ("blocks", "0-3", "7")
-    assert "one of 3 is computed" in cache["does"] and "first 2" in cache["does"]
+    assert "one of 3 is computed" in cache["does"] and "first 2 and the last 1 evaluations" in cache["does"]
     assert (newer["blocks"], older["blocks"], older["of"]) == ("1,3", "0-2", 4)
     sampling = both.get_model_object("model_sampling")
     assert older["percent"] == [0.0, 0.5] and older["sigma"][1] == pytest.approx(float(sampling.percent_to_sigma(0.5)))
@@ -207,3 +207,7 @@ def test_every_feature_says_what_it_will_do():
     made = run_node(WindowAttention3d, model=video, min_tokens=0)[0]
     rows = planned(run_node(DynamicTokens, model=made)[0])["rows"]
     assert len(rows) >= 2 and all(len(r["does"]) > 10 for r in rows)
+    late = window(video, min_tokens=4096, dense_first_steps=2, scope="self")
+    assert planned(late)["rows"][0]["does"].endswith(
+        "from 4,096 image tokens on; dense in the first 2 steps; self attention only"
+    )

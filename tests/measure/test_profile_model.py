@@ -20,6 +20,7 @@ import folder_paths  # isort: skip
 from tessera import archs
 from tessera.nodes.attention.local_window_attention import LocalWindowAttention
 from tessera.patching import profile as m
+from tessera.patching.profile_shapes import ShapeMeter
 
 
 @pytest.mark.parametrize("name", ["flux", "wan_meta", "sd3", "ernie"])
@@ -117,6 +118,8 @@ def test_sparse_attention_is_seen_through_our_dispatcher_and_theirs_is_not_lost(
     found = m.measure(cut, job_of(cut, spec), m.Asked("events", 0))
     assert torch.equal(found.outcome.samples, want)
     assert found.run.lengths[120, 120] == 3 * 4 and found.run.lengths[120, 12] == 3 * 4
+    notes = profiled(cut, spec)["notes"]
+    assert any(n.startswith("Local Window Attention computed") and "FLOPs here count them all" in n for n in notes)
 
 
 class Halt(Exception):
@@ -146,6 +149,19 @@ def test_hooks_are_gone_after_an_interrupt_or_an_error(mode, error, monkeypatch,
     assert torch.equal(Job(spec, steps=4)(model), want)
 
 
+def test_an_interrupt_while_shapes_are_counted_is_not_taken_for_a_network_that_needs_values(monkeypatch):
+    model, spec = model_of("flux")
+
+    def pressed(*args):
+        raise comfy.model_management.InterruptProcessingException
+
+    monkeypatch.setattr(ShapeMeter, "answer", pressed)
+    before = hooks_of(model)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        profiled(model, spec, mode="analytic")
+    assert hooks_of(model) == before
+
+
 def test_a_compiled_model_is_refused_in_one_mode_and_counted_in_another():
     model, spec = model_of("flux")
     model = model.clone()
@@ -153,6 +169,12 @@ def test_a_compiled_model_is_refused_in_one_mode_and_counted_in_another():
     assert WrappersMP.APPLY_MODEL in model.wrappers
     with pytest.raises(ValueError, match="torch.compile has made one piece of.*mode to trace or analytic"):
         profiled(model, spec)
+    part = model_of("flux")[0]
+    part.add_object_patch(
+        "diffusion_model.img_in", torch.compile(part.get_model_object("diffusion_model.img_in"), backend="eager")
+    )
+    with pytest.raises(ValueError, match="torch.compile has made one piece of"):
+        profiled(part, spec)
     assert profiled(model, spec, mode="analytic")["step_flops"] > 0
 
 
