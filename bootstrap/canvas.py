@@ -18,6 +18,7 @@ COLUMN, ROW, WIDTH, LINE = 460, 60, 320, 24  # pixels: column and row distance, 
 GROWTH = {  # pixels that a node grows by at most when a run draws into it, in the classic canvas or as a Vue node
     "TesseraCompare": 680, "TesseraRunReport": 500, "TesseraAttentionProbe": 460,
     "TesseraBlockVideoSampler": 130, "TesseraBlockLinearVideoSampler": 130,
+    "TesseraProfileModel": 560, "TesseraPlan": 520,
     "SaveImage": 300, "SaveAnimatedWEBP": 300, "PreviewImage": 300,
 }  # fmt: skip
 LIVE_LINE = 60  # by which every other node of the pack grows, that of its live line

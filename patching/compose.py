@@ -2,13 +2,15 @@
 
 from .. import archs
 
+LISTED = "The node Plan lists what is on a MODEL and what cannot join it."
+
 
 def check(present, feature, model) -> None:
     """At node execution: ValueError where the new feature cannot join the features on this MODEL."""
     for other in present:
         conflict = feature.conflicts(other) or other.conflicts(feature)
         if conflict:
-            raise ValueError(conflict)
+            raise refusal(conflict)
     arch = archs.find(model.model.diffusion_model)
     feature.check_arch(arch, type(model.model.diffusion_model).__name__)
     feature.check_model(arch, model.model.diffusion_model)
@@ -20,4 +22,9 @@ def check_run(run, patcher) -> None:
     for feature in run.features:
         reason = feature.refuses(options)
         if reason:
-            raise ValueError(reason)
+            raise refusal(reason)
+
+
+def refusal(sentence: str) -> ValueError:
+    """What a refused combination raises."""
+    return ValueError(f"{sentence} {LISTED}")

@@ -89,6 +89,7 @@ class Live:
                 **entry,
                 "declined": remedies.told(entry["facts"].get("declined")),
                 "by_block": feature.by_block(run.states[feature]) if run.states.get(feature) is not None else [],
+                "inactive": feature.inactive,
                 "mask_kept": number in drawn,
             }
             for number, (feature, entry) in enumerate(zip(run.features, record["features"], strict=True))

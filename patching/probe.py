@@ -10,6 +10,7 @@ from ..methods.measure.attention_recall import PLACES, AttentionRecall, Found
 from ..methods.measure.heat_map import heat_map
 from ..methods.measure.patterns import PATTERNS, Curve, Settings
 from .attention import AttentionFeature
+from .plan_words import ranges
 from .run import attach, features_of
 from .sampling import Job, Progress, sample
 
@@ -120,17 +121,6 @@ def _report(found: Found, curve: Curve, layout: Layout, asked: Probe, job: Job) 
     }
     report["lines"] = _lines(report)
     return report
-
-
-def ranges(numbers: list[int]) -> str:
-    """Ascending block numbers as the attention nodes take them: "2-18,25"."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][1] + 1:
-            parts[-1][1] = number
-        else:
-            parts.append([number, number])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
 
 
 def _setting(report: dict[str, Any], entry: dict[str, Any] | None) -> str:

@@ -16,6 +16,7 @@ from .. import archs
 from .clock import Clock, expected_evaluations
 from .live import Live
 from .pictures import Sketch
+from .plan_words import feature_words
 from .report import Ledger, publish
 from .timeline import Timeline
 
@@ -72,6 +73,10 @@ class Feature:
     def line(self, facts: dict[str, Any]) -> str:
         """One line for the node on the canvas."""
         return ""
+
+    def plan(self) -> str:
+        """In words, before anything is sampled: what it will do. Blocks and schedule are told apart."""
+        return feature_words(self)
 
     def bypassed(self, run: "Run", facts: dict[str, Any]) -> str:
         """A sentence where others did, in the finished run, what was this feature's to do: who, and the remedy."""

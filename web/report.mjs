@@ -4,7 +4,9 @@ import { bytes, digits, el, list, number, object, percent, seconds, text } from 
 import { featureBlock } from "./feature.mjs?v=0.1.0";
 import { frontChart } from "./front.mjs?v=0.1.0";
 import { ended, frontList } from "./line.mjs?v=0.1.0";
+import { planBody, planHeadline } from "./plan.mjs?v=0.1.0";
 import { probeBody, probeHeadline } from "./probe.mjs?v=0.1.0";
+import { profileBody, profileHeadline } from "./profile.mjs?v=0.1.0";
 import { errorCurve } from "./strip.mjs?v=0.1.0";
 
 /**
@@ -30,6 +32,8 @@ const KINDS = {
   run: [runHeadline, runBody],
   compare: [compareHeadline, compareBody],
   probe: [probeHeadline, probeBody],
+  plan: [planHeadline, planBody],
+  profile: [profileHeadline, profileBody],
   lines: [linesHeadline, linesBody],
 };
 

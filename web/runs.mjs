@@ -7,13 +7,17 @@ const COLUMNS = 512;
 
 /**
  * A column is [step, sigma, kind, seconds], a word of `blocks` has a letter a block.
- * @typedef {{id: string, record: Record<string, any>, columns: any[][], blocks: string[], live: boolean, lost: boolean,
+ * @typedef {{id: string, title: string, record: Record<string, any>, columns: any[][], blocks: string[], live: boolean, lost: boolean,
  *   heard: number, workflow: unknown, masks: string}} Run
  */
 export class Runs {
-  /** @param {() => void} changed is called after every change */
-  constructor(changed) {
+  /**
+   * @param {() => void} changed is called after every change
+   * @param {(node: unknown) => string} titleOf a node, "" where it is not on the canvas
+   */
+  constructor(changed, titleOf) {
     this.changed = changed;
+    this.titleOf = titleOf;
     this.all = new Map(); // id -> Run, oldest first
   }
 
@@ -60,8 +64,10 @@ export class Runs {
   #run(detail, workflow) {
     const id = text(object(detail).run);
     if (!id) return null;
-    const fresh = { id, record: {}, columns: [], blocks: [], live: true, lost: false, heard: 0, workflow, masks: "" };
-    return this.all.get(id) ?? fresh;
+    const known = this.all.get(id);
+    if (known) return known;
+    const title = this.titleOf(detail.sampler_node); // the canvas may show another workflow later
+    return { id, title, record: {}, columns: [], blocks: [], live: true, lost: false, heard: 0, workflow, masks: "" };
   }
 
   #take(run, detail) {

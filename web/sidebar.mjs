@@ -20,7 +20,7 @@ export class Sidebar {
    */
   constructor(host) {
     this.host = host;
-    this.runs = new Runs(() => this.#changed());
+    this.runs = new Runs(() => this.#changed(), host.title);
     this.chosen = ""; // id of an earlier run; "" follows the newest
     this.plan = null;
     this.figure = new Figure();
@@ -91,7 +91,7 @@ export class Sidebar {
     const steps = number(record.steps);
     const whole = `${steps} step${steps === 1 ? "" : "s"}, ${seconds(record.seconds)}`;
     const state = run.lost ? "connection lost" : run.live ? "running" : ended(record).toLowerCase() || whole;
-    return [time, node && (this.host.title(node) || `node ${node}`), state].filter(Boolean).join(" · ");
+    return [time, node && (run.title || this.host.title(node) || `node ${node}`), state].filter(Boolean).join(" · ");
   }
 
   #drawHead(run) {

@@ -94,7 +94,7 @@ function workflowId() {
 function showNode(id, run) {
   const elsewhere = run.workflow && workflowId() && run.workflow !== workflowId();
   const node = elsewhere ? null : findNode(graph(), id);
-  if (node) return revealNode(app, node);
+  if (isOurs(node)) return revealNode(app, node);
   const detail = elsewhere ? "This run came from another workflow." : `Node ${id} is not on the canvas any more.`;
   app.extensionManager.toast.add({ severity: "info", summary: "Tessera", detail, life: 4000 });
 }

@@ -3,6 +3,7 @@
 import { el } from "./dom.mjs?v=0.1.0";
 
 const MARGIN = 6;
+const SETTLED = 200; // milliseconds
 const FIRST_HEIGHT = 24; // until the browser has laid the panel out once
 const panels = new WeakMap(); // node -> Map(name -> Panel)
 
@@ -29,12 +30,14 @@ export function findNode(rootGraph, id) {
 /** Selects a node and brings it into view, in its own graph where it is inside a subgraph. */
 export function revealNode(app, node) {
   const { canvas } = app;
-  if (node.graph && node.graph !== canvas.graph) {
-    if (node.graph.isRootGraph === false && canvas.openSubgraph) canvas.openSubgraph(node.graph, node);
-    else canvas.setGraph(node.graph);
-  }
-  canvas.selectNode(node);
-  canvas.centerOnNode(node);
+  const show = () => {
+    canvas.selectNode(node);
+    canvas.centerOnNode(node);
+  };
+  if (!node.graph || node.graph === canvas.graph) return show();
+  if (node.graph.isRootGraph === false) canvas.openSubgraph(node.graph, node);
+  else canvas.setGraph(node.graph);
+  setTimeout(show, SETTLED); // the frontend moves the view of a graph that it opens, some frames later
 }
 
 /**

@@ -59,26 +59,26 @@ def heat_map(
     width = max(left + cell * len(columns) + right, max((len(words) for words in title), default=0) * WIDTH + 2 * PAD)
     sheet = torch.tensor(PAPER, dtype=torch.float32).repeat(top + line * (len(rows) + 1) + PAD, width, 1)
     for i, words in enumerate(title):
-        _write(sheet, PAD + i * (HEIGHT + PAD), PAD, words, INK)
+        write(sheet, PAD + i * (HEIGHT + PAD), PAD, words, INK)
     end = left + cell * len(columns)
-    _write(sheet, top + PAD, PAD, corner, INK)
+    write(sheet, top + PAD, PAD, corner, INK)
     for j, name in enumerate(columns):
-        _write(sheet, top + PAD, left + j * cell + (cell - len(name) * WIDTH) // 2, name, INK)
-    _write(sheet, top + PAD, end + PAD, last, INK)
+        write(sheet, top + PAD, left + j * cell + (cell - len(name) * WIDTH) // 2, name, INK)
+    write(sheet, top + PAD, end + PAD, last, INK)
     for i, (name, shares, words) in enumerate(rows):
         y = top + (i + 1) * line
-        _write(sheet, y + PAD, left - PAD - len(name) * WIDTH, name, INK)
+        write(sheet, y + PAD, left - PAD - len(name) * WIDTH, name, INK)
         for j, share in enumerate(shares):
             x, fill = left + j * cell, colour(None if share is None else shade(share))
             sheet[y : y + line - DOT, x : x + cell - DOT] = torch.tensor(fill, dtype=torch.float32)
             number = "-" if share is None else f"{share:.3f}"
             dark = 0.3 * fill[0] + 0.59 * fill[1] + 0.11 * fill[2] < 110
-            _write(sheet, y + PAD - DOT // 2, x + (cell - len(number) * WIDTH) // 2, number, PAPER if dark else INK)
-        _write(sheet, y + PAD, end + PAD, words, INK)
+            write(sheet, y + PAD - DOT // 2, x + (cell - len(number) * WIDTH) // 2, number, PAPER if dark else INK)
+        write(sheet, y + PAD, end + PAD, words, INK)
     return (sheet / 255)[None]
 
 
-def _write(sheet: torch.Tensor, y: int, x: int, words: str, ink: tuple[int, int, int]) -> None:
+def write(sheet: torch.Tensor, y: int, x: int, words: str, ink: tuple[int, int, int]) -> None:
     """Into sheet [H, W, 3] with the upper left corner at (y, x); what does not fit is cut."""
     dots = text(words)[: sheet.shape[0] - y, : max(0, sheet.shape[1] - x)]
     sheet[y : y + dots.shape[0], x : x + dots.shape[1]][dots] = torch.tensor(ink, dtype=torch.float32)

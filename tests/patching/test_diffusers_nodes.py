@@ -13,6 +13,7 @@ import torch
 from attention_helper import Exact, plan
 from comfy_extras.nodes_custom_sampler import Noise_RandomNoise
 from nodes_helper import facts, run_node, taylor
+from torch.utils.flop_counter import FlopCounterMode
 
 from tessera import archs
 from tessera.nodes.attention.window_attention_3d import WindowAttention3d
@@ -22,6 +23,8 @@ from tessera.nodes.cache.region_adaptive_sampling import RegionAdaptiveSampling
 from tessera.nodes.cache.taylor_cache import TaylorCache
 from tessera.nodes.measure.compare import Compare
 from tessera.patching.diffusers_load import load
+from tessera.patching.profile import Asked, measure
+from tessera.patching.sampling import Job
 
 LINEAR = ("SanaTransformer2DModel", "SanaVideoTransformer3DModel")
 SOFTMAX = [name for name in tiny.CLASSES if name not in LINEAR]
@@ -256,3 +259,27 @@ def test_under_torch_compile(model):
     assert error(run(compiled, name, 4), plain) < 1e-5
     both = taylor(compiled, interval=2, warmup=1)
     assert error(run(both, name, 4), cached) < 1e-5 and facts(both)["forecast"] > 0
+
+
+@pytest.mark.parametrize("name", ["FluxTransformer2DModel", "WanTransformer3DModel", "SanaTransformer2DModel"])
+def test_a_profile_counts_what_torch_counts(model, name):
+    """From one computed evaluation: ComfyUI did not build this network."""
+    made = model(name)
+    job = shared_job(made, name)
+    found = measure(made, job, Asked("events", 0))
+    with FlopCounterMode(display=False) as counter:
+        run(made, name, steps=1)
+    assert found.how == "one computed evaluation"
+    assert sum(cell.flops for cell in found.counted.cells.values()) == pytest.approx(
+        counter.get_total_flops(), rel=2e-3
+    )
+    total = sum(cell.seconds for cell in found.run.cells.values())
+    assert total == pytest.approx(sum(found.run.seconds), rel=0.02) and (name in LINEAR or found.run.lengths)
+
+
+def shared_job(made, name: str) -> Job:
+    start = tiny.noise(name)
+    sampler = comfy.samplers.sampler_object("euler")
+    sigmas = comfy.samplers.calculate_sigmas(made.get_model_object("model_sampling"), "simple", 2)
+    texts = tiny.conditioning(name), tiny.conditioning(name, seed=tiny.NEGATIVE)
+    return Job(*texts, {"samples": torch.zeros_like(start)}, sampler, sigmas, Noise_RandomNoise(1), 2.0)
