@@ -140,7 +140,8 @@ def test_compile_context_windows_and_core_cache_beside_ours():
     assert compiled["stage"] == "call" and "backend eager" in compiled["does"] and compiled["owner"] == "ComfyUI"
     (cut,) = [r for r in report["rows"] if r["name"] == "Context windows"]
     assert "length 4, overlap 1" in cut["does"]
-    assert len([n for n in names(report) if n == "EasyCache"]) == 1
+    (easy,) = [r for r in report["rows"] if r["name"] == "EasyCache"]
+    assert easy["does"].endswith("reuse threshold 0.2, start percent 0.15, end percent 0.95")
     assert len(report["refused"]) == 1 and "EasyCache or LazyCache are on the same MODEL" in report["refused"][0]
     assert any("torch.compile beside core's EasyCache" in s for s in report["conflicts"])
     assert report["lines"].index("Refused: a run on this MODEL stops at its start:") > 0
