@@ -230,8 +230,15 @@ def lines(told: dict[str, Any]) -> list[str]:
 
 def held(told: dict[str, Any]) -> str:
     memory = told["memory"]
-    peak = "" if memory["peak"] is None else f", {memory['peak'] / GIB:.3g} GiB at the peak"
-    return f"weights of {memory['weights'] / GIB:.3g} GiB{peak}; {told['step_bytes'] / GIB:.3g} GiB moved a step by layers and attention"
+    peak = "" if memory["peak"] is None else f", {size(memory['peak'])} at the peak"
+    return (
+        f"weights of {size(memory['weights'])}{peak}; {size(told['step_bytes'])} moved a step by layers and attention"
+    )
+
+
+def size(count: float) -> str:
+    """ "22.2 GiB"."""
+    return f"{count / GIB:.3g} GiB" if count >= GIB / 10 else f"{1024 * count / GIB:.3g} MiB"
 
 
 def picture(told: dict[str, Any]):
