@@ -27,7 +27,7 @@ import comfy.utils
 from comfy.ldm.flux.controlnet import ControlNetFlux
 from comfy.taesd.taesd import TAESD
 
-FLUX, SD3, LTXV = SPECS["flux"], SPECS["sd3"], SPECS["ltxv_meta"]
+FLUX, SD3 = SPECS["flux"], SPECS["sd3"]
 SD15 = Spec(  # what tells Stable Diffusion 1.5 from others is its width, so two levels of one block each keep it small
     "modules.diffusionmodules.openaimodel:UNetModel",
     dict(image_size=32, in_channels=4, out_channels=4, model_channels=320, num_res_blocks=[1, 1], channel_mult=[1, 1],
@@ -224,18 +224,6 @@ def video_vae() -> Tensors:
     return {key: weights.get(key, torch.full(shape, float(key.endswith("gamma")))) for key, shape in shapes.items()}
 
 
-def ltxv() -> Tensors:
-    """LTX-Video as its checkpoints hold it, without a text encoder; config_of has the sizes."""
-    model = {f"model.diffusion_model.{k}": v for k, v in state_dict(LTXV).items()}
-    return model | {f"vae.{k}": v for k, v in tiny_vae.weights().items()}
-
-
-def config_of(name: str) -> dict[str, str] | None:
-    """Metadata of that file."""
-    sizes = {"transformer": dict(LTXV.metadata), "vae": tiny_vae.config()}
-    return {"config": json.dumps(sizes)} if name.startswith("ltxv-") else None
-
-
 def gguf_file(tensors: Tensors, path: Path) -> None:
     """As ComfyUI-GGUF's converter writes FLUX: matrices in Q8_0, the rest in F32."""
     writer = GGUFWriter(str(path), "flux")
@@ -293,7 +281,7 @@ def write(needs: list[dict[str, str]], models: Path, pack: Any) -> None:
         },
         "gemma_2_2b_fp16.safetensors": lambda _: {},
         "wan_2.1_vae.safetensors": lambda _: video_vae(),
-        "ltxv-2b-0.9.8-distilled.safetensors": lambda _: ltxv(),
+        "ltxv-2b-0.9.8-distilled.safetensors": lambda _: tiny_vae.checkpoint(),
         f"{DIT}/transformer/diffusion_pytorch_model.bin": lambda _: bridged(DIT, "DiTTransformer2DModel"),
         "vae-ft-mse-840000-ema-pruned.safetensors": lambda _: taesd(4),
     }
@@ -307,4 +295,4 @@ def write(needs: list[dict[str, str]], models: Path, pack: Any) -> None:
         elif path.suffix in (".bin", ".pth"):
             pickled(makers[weight["name"]](path.parent), path)
         else:
-            safetensors.torch.save_file(makers[weight["name"]](path.parent), str(path), config_of(path.name))
+            safetensors.torch.save_file(makers[weight["name"]](path.parent), str(path), tiny_vae.sizes_of(path.name))

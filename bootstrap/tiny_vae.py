@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from pack import use_comfyui
+from tiny_models import state_dict
+from tiny_specs import SPECS
 
 use_comfyui()
 
@@ -13,6 +15,7 @@ import comfy.sd
 from comfy.ldm.lightricks.vae.causal_video_autoencoder import VideoVAE
 
 WIDTH = 4  # channels of the last level
+MODEL = SPECS["ltxv_meta"]
 
 
 def config(conditioned: bool = True, inject: bool = False) -> dict[str, Any]:
@@ -50,3 +53,15 @@ def weights(**kind: bool) -> dict[str, torch.Tensor]:
 def load(dtype: torch.dtype = torch.float32, **kind: bool) -> Any:
     """What Load VAE does."""
     return comfy.sd.VAE(sd=weights(**kind), metadata=metadata(**kind), dtype=dtype)
+
+
+def checkpoint() -> dict[str, torch.Tensor]:
+    """Model and VAE as a checkpoint of LTX-Video holds them; sizes_of has its metadata."""
+    model = {f"model.diffusion_model.{key}": value for key, value in state_dict(MODEL).items()}
+    return model | {f"vae.{key}": value for key, value in weights().items()}
+
+
+def sizes_of(name: str) -> dict[str, str] | None:
+    """Metadata of the stand-in of that name; None where it has none."""
+    sizes = {"transformer": dict(MODEL.metadata), "vae": config()}
+    return {"config": json.dumps(sizes)} if name.startswith("ltxv-") else None
