@@ -25,7 +25,7 @@ class FewSteps:
         warn(model, extra_args)
         ones = x.new_ones([x.shape[0]])
         generator = torch.Generator().manual_seed(
-            (extra_args.get("seed") or 0) + 1
+            ((extra_args.get("seed") or 0) + 1) % (1 << 64)
         )  # of the CPU: the same on every GPU
         sampling = model.inner_model.model_patcher.get_model_object("model_sampling")
         for i in range(len(sigmas) - 1):
@@ -68,12 +68,12 @@ def sampler_of(mode: str, gamma: float) -> Any:
 class Shift:
     """The sigma of part t of a MODEL's schedule, 1 is noise: through its own shift, or another one of a flow."""
 
-    def __init__(self, model: Any, shift: float, node: str):
+    def __init__(self, model: Any, shift: float, node: str, remedy: str = "set shift 0"):
         self.sampling, self.shift = model.get_model_object("model_sampling"), shift
         self.most = float(self.sampling.sigma_max)
         if shift > 0 and self.most > 1.001:
             raise ValueError(
-                f"{node}: shift {shift:g} is for flow models, and the sigmas of this one go up to {self.most:g}; set shift 0."
+                f"{node}: shift {shift:g} is for flow models, and the sigmas of this one go up to {self.most:g}; {remedy}."
             )
 
     def __call__(self, t: float) -> float:

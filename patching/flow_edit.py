@@ -6,7 +6,7 @@ import comfy.samplers
 import torch
 from comfy.utils import model_trange
 
-from ..methods.sampling.flow_edit import FlowEdit, span_of
+from ..methods.sampling.flow_edit import FlowEdit, Shown, span_of
 from .rf_invert import flow_sampling, schedule
 
 NAME = "FlowEdit"
@@ -86,7 +86,9 @@ class EditSampler(comfy.samplers.Sampler):
         first, end = span_of(total, settings.n_min, settings.n_max)
         options = {**extra_args["model_options"], PAIRS: settings.n_avg}
         scale = float(getattr(model_wrap.inner_model.model_sampling, "noise_scale", 1.0))
-        edit = FlowEdit(latent_image, self._draws(noise * scale, extra_args.get("seed")), settings.n_avg, denoise_mask)
+        draws = self._draws(noise * scale, extra_args.get("seed"))
+        shown = _shown(model_wrap.inner_model, latent_image, denoise_mask, scale)
+        edit = FlowEdit(latent_image, draws, settings.n_avg, denoise_mask, shown)
 
         def predict(pairs, sigma):
             x = torch.cat([side for pair in pairs for side in pair])
@@ -114,5 +116,19 @@ class EditSampler(comfy.samplers.Sampler):
         """Noise on the CPU, the same on every device; or the given one each time."""
         if not self.settings.fresh_noise:
             return lambda: given
-        generator = torch.Generator().manual_seed((seed or 0) + 1)
+        generator = torch.Generator().manual_seed(((seed or 0) + 1) % (1 << 64))
         return lambda: torch.randn(given.shape, generator=generator).to(given)
+
+
+def _shown(model, latent, mask, scale: float) -> Shown | None:
+    """As in core's inpainting: what is given goes to LTX, Wan 2.2 5B and others clean."""
+    if mask is None:
+        return None
+
+    def shown(x, sigma, noise):
+        kept = model.scale_latent_inpaint(
+            x=x, sigma=x.new_full((x.shape[0],), sigma), noise=noise / scale, latent_image=latent
+        )
+        return x * mask + kept * (1 - mask)
+
+    return shown

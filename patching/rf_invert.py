@@ -140,7 +140,8 @@ def invert(model, positive, negative, latent, sigmas: torch.Tensor, asked: Asked
     )
     sampler = Inverter(asked.solver, asked.floor, asked.euler_first, bank)
     rising = sigmas.flip(0)
-    job = Job(positive, positive if negative is None else negative, latent, sampler, rising, Zeros(), asked.cfg)
+    whole = {key: value for key, value in latent.items() if key != "noise_mask"}  # LTX, Wan 2.2 5B read it themselves
+    job = Job(positive, positive if negative is None else negative, whole, sampler, rising, Zeros(), asked.cfg)
     outcome = sample(used, job, Progress(len(points) - 1).step)
     if records and not bank.complete:
         raise ValueError(

@@ -20,9 +20,15 @@ class SpanNoise:
 
     def generate_noise(self, input_latent: dict[str, Any]) -> torch.Tensor:
         own = self.noise.generate_noise(input_latent)
-        other = comfy.sample.prepare_noise(own, self.retake_seed, input_latent.get("batch_index"))
         mask = mask_of(own, self.span, self.axis).bool()
+        other = self._other(own, self.retake_seed, input_latent)
+        if torch.equal(other, own):  # the same seed: two equal draws would add up to noise that is too strong
+            other = self._other(own, (self.retake_seed + 1) % (1 << 64), input_latent)
         return torch.where(mask, turned(own, other, self.variance), own)
+
+    @staticmethod
+    def _other(own: torch.Tensor, seed: int, input_latent: dict[str, Any]) -> torch.Tensor:
+        return comfy.sample.prepare_noise(own, seed, input_latent.get("batch_index"))
 
 
 def time_axis(samples: torch.Tensor, kind: str) -> int:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import comfy.utils
 import torch
 
 
@@ -24,8 +25,13 @@ def mask_of(latent: dict[str, Any], node: str) -> torch.Tensor:
     if mask is None:
         return torch.ones(1, *samples.shape[2:])
     wanted = [*samples.shape[2:]]
-    if mask.ndim == 3:  # a MASK, a frame each
-        mask = mask[None, None]
+    if mask.ndim in (
+        3,
+        4,
+    ):  # a MASK, a frame each, as Set Latent Noise Mask leaves it: of any size, the sampler resizes
+        mask = mask.reshape(1, 1, -1, *mask.shape[-2:]).float()
+        if mask.shape[2] in (1, wanted[0]):
+            mask = comfy.utils.reshape_mask(mask, (1, 1, *wanted))
     if mask.ndim != 5 or any(got not in (1, want) for got, want in zip(mask.shape[2:], wanted, strict=True)):
         raise ValueError(
             f"{node}: the noise_mask {[*mask.shape]} is not that of a latent {[*samples.shape]}; plan it again."

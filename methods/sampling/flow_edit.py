@@ -11,6 +11,9 @@ import torch
 Pair = tuple[torch.Tensor, torch.Tensor]
 Pairs = Callable[[list[Pair], float], list[Pair]]  # (z_src, z_tar) of each draw, sigma -> their clean predictions
 Told = Callable[[int, torch.Tensor, torch.Tensor], None]  # step, z, what z would be at sigma 0
+Shown = Callable[
+    [torch.Tensor, float, torch.Tensor], torch.Tensor
+]  # x, sigma, the noise in it -> x as the model sees it
 
 
 def span_of(steps: int, n_min: float, n_max: float) -> tuple[int, int]:
@@ -22,12 +25,13 @@ def span_of(steps: int, n_min: float, n_max: float) -> tuple[int, int]:
 @dataclass
 class FlowEdit:
     """x [B, ...]: the source. draw(): noise like it. draws: of each step, whose differences are averaged. mask [B, ...]
-    0..1: what may move."""
+    0..1: what may move. shown: for models that see the rest otherwise than noised."""
 
     x: torch.Tensor
     draw: Callable[[], torch.Tensor]
     draws: int = 1
     mask: torch.Tensor | None = None
+    shown: Shown | None = None
 
     def __post_init__(self):
         self.z = self.x
@@ -38,13 +42,20 @@ class FlowEdit:
         source = (1 - sigma) * self.x + sigma * self.noise
         return source, source + (self.z - self.x)
 
+    def seen(self, sigma: float) -> Pair:
+        """The pair as the model is given it."""
+        source, target = self.pair(sigma)
+        if self.shown is None:
+            return source, target
+        return self.shown(source, sigma, self.noise), self.shown(target, sigma, self.noise)
+
     def run(self, predict: Pairs, sigmas: list[float], steps: Iterable[int], told: Told) -> None:
         for i in steps:
             sigma, h = sigmas[i], sigmas[i + 1] - sigmas[i]
             pairs = []
             for _ in range(self.draws):
                 self.noise = self.draw()
-                pairs.append(self.pair(sigma))
+                pairs.append(self.seen(sigma))
             moved = torch.zeros_like(self.x)
             for (source, target), (clean_source, clean_target) in zip(pairs, predict(pairs, sigma), strict=True):
                 moved += ((target - clean_target) - (source - clean_source)) / (sigma * self.draws)

@@ -35,6 +35,7 @@ class FewStepSigmas(io.ComfyNode):
     def execute(cls, model, preset, timesteps, shift, denoise):
         steps, its = PRESETS.get(preset) or (numbers(timesteps, "timesteps", 1000.0), 0.0)
         own = its if shift == 0 else shift
-        sigma = Shift(model, own, "Few-Step Sigmas")
+        remedy = "set shift 0" if preset == "custom" else "take preset custom and shift 0"  # 0 is the preset's own
+        sigma = Shift(model, own, "Few-Step Sigmas", remedy)
         sigmas, lines = schedule([*(t / 1000 for t in steps), 0.0], sigma, denoise)
         return io.NodeOutput(sigmas, "\n".join(lines))

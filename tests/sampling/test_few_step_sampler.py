@@ -79,3 +79,8 @@ def test_nothing_is_said_where_all_is_well(caplog):
     with caplog.at_level(logging.WARNING, logger="tessera"):
         sampled(model, spec, few("renoise"), cfg=1.0)
     assert "Few-Step Sampler" not in caplog.text
+
+
+def test_the_largest_seed():
+    model, spec = model_of("flux")
+    assert sampled(model, spec, few("renoise"), seed=2**64 - 1).isfinite().all()

@@ -41,3 +41,16 @@ def test_all_steps_of_the_schedule_are_cores_run():
     sigmas = run_node(FewStepSigmas, model=model, preset="custom", timesteps="1000, 800, 600, 400, 200")[0]
     want = sampled(model, spec, comfy.samplers.sampler_object("euler"), sigmas=sigmas)
     assert error(sampled(model, spec, few("ode_jump"), sigmas=sigmas), want) == 0
+
+
+def test_a_model_that_is_no_flow_is_told_the_way():
+    """shift 0 is the preset's own: to set it would not help."""
+    model, _ = model_of("pixart")
+    with pytest.raises(ValueError, match="take preset custom and shift 0"):
+        run_node(FewStepSigmas, model=model, preset="wan_dmd_4")
+    with pytest.raises(ValueError, match="157.4.*; set shift 0"):
+        run_node(FewStepSigmas, model=model, preset="custom", shift=3.0)
+    assert (
+        run_node(FewStepSigmas, model=model, preset="custom")[0][0]
+        == model.get_model_object("model_sampling").sigma_max
+    )

@@ -4,6 +4,7 @@ import comfy.model_management
 import comfy.samplers
 import pytest
 import torch
+from comfy_extras.nodes_custom_sampler import Noise_RandomNoise
 from flow_helper import Keep, digits, guider_of, half, sample, schedule, word
 from nodes_helper import conds, error, facts, model_of, run_node, taylor
 
@@ -200,3 +201,27 @@ def test_the_exact_edit_between_two_gaussians():
     sigmas = [1 - i / 400 for i in range(401)]
     edit.run(predict, sigmas, range(400), lambda *told: None)
     assert (edit.z - (x + 3.0)).abs().max() < 0.02
+
+
+def test_given_frames_are_shown_as_core_shows_them():
+    """LTX is told that they are clean: there the pairs hold the source itself, and not its noised form."""
+    model, spec = model_of("ltxv_meta")
+    mask = torch.ones(1, 1, *spec.latent[2:])
+    mask[:, :, 0] = 0
+    seen, spied = [], model.clone()
+
+    def spy(apply, given):
+        seen.append(given["input"].clone())
+        return apply(given["input"], given["timestep"], **given["c"])
+
+    spied.set_model_unet_function_wrapper(spy)
+    out = edited(spied, spec, schedule(2, 0.8), mask=mask, cfg_source=1.0, cfg_target=1.0)
+    clean = model.model.process_latent_in(source(spec))
+    assert len(seen) == 4 and all(error(x[:, :, 0], clean[:, :, 0]) < 1e-6 for x in seen)
+    assert all(error(x[:, :, 1:], clean[:, :, 1:]) > 0.1 for x in seen)
+    assert error(out[:, :, 0], source(spec)[:, :, 0]) < 1e-6 and error(out, source(spec)) > 1e-3
+
+
+def test_the_largest_seed():
+    model, spec = model_of("flux")
+    assert edited(model, spec, schedule(2), noise=Noise_RandomNoise(2**64 - 1)).isfinite().all()

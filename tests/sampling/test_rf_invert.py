@@ -163,3 +163,18 @@ def test_more_steps_than_there_are_are_refused():
     model, spec = model_of("flux")
     with pytest.raises(ValueError, match="record_steps 4 are more than the 2 steps"):
         inverted(model, spec, schedule(2), record_steps=4)
+
+
+def test_the_mask_of_the_latent_is_not_used():
+    """LTX would take the frames outside of it for clean ones."""
+    model, spec = model_of("ltxv_meta")
+    mask = torch.ones(1, 1, *spec.latent[2:])
+    mask[:, :, 0] = 0
+    plain, masked = (
+        run_node(
+            RfInvert, model=model, positive=conds(spec)[0], latent={"samples": source(spec.latent), **given},
+            sigmas=schedule(2, 0.6), record_steps=0,
+        )
+        for given in ({}, {"noise_mask": mask})
+    )  # fmt: skip
+    assert torch.equal(masked[0].x, plain[0].x) and "noise_mask" not in masked[2]

@@ -148,3 +148,11 @@ def test_steps_and_noise():
     a, b = torch.randn(2, 1 << 14)
     assert torch.equal(turned(a, b, 0.0), a) and error(turned(a, b, 1.0), b) < 1e-6
     assert all(abs(turned(a, b, v).std().item() - 1) < 0.03 for v in (0.2, 0.5, 0.8))
+
+
+def test_noise_stays_of_its_strength_where_both_seeds_are_one():
+    """Two equal draws on the quarter circle would add up to 1.41 times the noise."""
+    made = run_node(SpanRepaint, latent={"samples": torch.zeros(1, 8, 16, 100), "type": "audio"}, noise=Noise_RandomNoise(2**64 - 1),
+                    sigmas=schedule(4), start_s=0.0, end_s=9.0, variance=0.5, retake_seed=2**64 - 1)  # fmt: skip
+    noise = made[1].generate_noise(made[0])
+    assert float(noise[..., :96].std()) == pytest.approx(1.0, abs=0.03)

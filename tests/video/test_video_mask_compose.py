@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from comfy.utils import reshape_mask
 from nodes_helper import run_node
 
+from nodes import SetLatentNoiseMask
 from tessera.methods.video.mask_plan import OPERATIONS, compose, plan
 from tessera.nodes.video.video_mask_compose import VideoMaskCompose
 from tessera.nodes.video.video_mask_plan import VideoMaskPlan
@@ -50,7 +52,7 @@ def test_two_plans_become_one():
     assert made["samples"] is a["samples"] and preview.shape[-1] == 3 and out.ui["images"]
     bare = {"samples": a["samples"]}
     assert torch.equal(run_node(VideoMaskCompose, a=bare, b=b, operation="intersection")[1], b["noise_mask"][0, 0])
-    flat = {**a, "noise_mask": a["noise_mask"][0, 0]}  # as core's Set Latent Noise Mask leaves a MASK
+    flat = {**a, "noise_mask": a["noise_mask"][0, 0]}  # a MASK itself
     assert torch.equal(run_node(VideoMaskCompose, a=flat, b=b, operation="intersection")[1], want)
     batch = {**b, "noise_mask": torch.cat([b["noise_mask"], 1 - b["noise_mask"]])}
     assert run_node(VideoMaskCompose, a=a, b=batch, operation="union")[0]["noise_mask"].shape == (2, 1, *SHAPE)
@@ -64,3 +66,18 @@ def test_what_does_not_fit_is_refused():
         run_node(VideoMaskCompose, a=a, b=a, operation="difference")
     with pytest.raises(ValueError, match="is not that of a latent"):
         run_node(VideoMaskCompose, a={**a, "noise_mask": torch.ones(1, 1, 3, 4, 4)}, b=a)
+
+
+def test_masks_of_cores_own_node():
+    """Set Latent Noise Mask leaves [T, 1, H, W], in pixels where the mask was a picture."""
+    a = planned(task="predict", given=2)
+    for size in ((5, 4, 4), (5, 32, 32), (1, 32, 32)):
+        mask = torch.zeros(size)
+        mask[:, :, : size[2] // 2] = 1.0
+        b = SetLatentNoiseMask().set_mask({"samples": a["samples"]}, mask)[0]
+        made = run_node(VideoMaskCompose, a=a, b=b, operation="intersection")[0]["noise_mask"]
+        want = torch.minimum(a["noise_mask"], reshape_mask(b["noise_mask"], (1, 1, *SHAPE)))
+        assert torch.equal(made, want) and 0 < float(made.mean()) < 0.5
+    with pytest.raises(ValueError, match="is not that of a latent"):
+        wrong = SetLatentNoiseMask().set_mask({"samples": a["samples"]}, torch.ones(3, 4, 4))[0]
+        run_node(VideoMaskCompose, a=wrong, b=a)
