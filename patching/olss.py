@@ -95,6 +95,10 @@ def record(model: Any, job: Job, runs: int, teacher: str, elements: int) -> Traj
         finals.append(flat(sample(plain, one, progress.step).samples))
         if not torch.isfinite(finals[-1]).all():
             raise ValueError(f"The run of seed {one.noise.seed} is not finite; sample it with KSampler to see why.")
+        if number and torch.equal(finals[-1], finals[0]):
+            raise ValueError(
+                f"The runs of seeds {jobs[0].noise.seed} and {one.noise.seed} are one; take a noise that its seed changes, as RandomNoise, or runs 1."
+            )
         jobs.append(one)
         states.append(torch.stack(recorder.states, 1))
         grams.append(recorder.grams())

@@ -135,7 +135,8 @@ class Search:
         self.error, self.met = math.inf, None
         self.tried: set[tuple[int, ...]] = set()
         for points in paths:
-            self.attempt(points)
+            if tuple(points) not in self.tried:  # some are the same where there is little choice
+                self.attempt(points)
         if len(paths) > 1:
             self.move(asked.trials - min(REFITS, asked.trials // 4))
         for _ in range(REFITS):

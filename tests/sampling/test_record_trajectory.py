@@ -4,11 +4,12 @@ import pytest
 import torch
 from calibration_helper import job_of
 from nodes_helper import Job, error, model_of, run_node
-from tiny_models import empty_latent
+from tiny_models import conds, empty_latent
 
 import comfy.model_management  # isort: skip
 
 from tessera.nodes.sampling.record_trajectory import RecordTrajectory
+from tessera.nodes.sampling.solve_olss import SolveOlss
 from tessera.patching import olss as m
 
 
@@ -67,3 +68,36 @@ def test_an_interrupt_and_a_schedule_that_cannot_be_learnt(monkeypatch):
     for sigmas in (torch.tensor([1.0, 0.0]), torch.tensor([1.0, 0.5, 0.7, 0.0])):
         with pytest.raises(ValueError, match="needs at least 3 falling sigmas"):
             recorded(model, spec, sigmas=sigmas)
+
+
+def test_seeds_that_change_nothing_and_the_last_seed():
+    model, spec = model_of("flux")
+
+    class Fixed:
+        seed = 2**64 - 1
+
+        def generate_noise(self, latent):
+            return torch.ones_like(latent["samples"])
+
+    class Last(Fixed):
+        def generate_noise(self, latent):
+            return torch.randn(latent["samples"].shape, generator=torch.Generator().manual_seed(self.seed))
+
+    with pytest.raises(ValueError, match="runs of seeds 18446744073709551615 and 0 are one; take a noise"):
+        recorded(model, spec, runs=2, noise=Fixed())
+    assert len(recorded(model, spec, runs=1, noise=Fixed())[0].jobs) == 1
+    trajectory, _ = recorded(model, spec, runs=2, noise=Last())
+    assert [job.noise.seed for job in trajectory.jobs] == [2**64 - 1, 0]
+
+
+def test_video_with_sound():
+    model, spec = model_of("ltxav_meta")
+    given = {**job_of(model, model_of("flux")[1], steps=4), "latent": {"samples": empty_latent(spec)}}
+    positive, negative = conds(spec)
+    given |= {"positive": positive, "negative": negative}
+    given.pop("sampler")
+    trajectory, _ = run_node(RecordTrajectory, model=model, runs=2, **given)
+    size = sum(part.numel() for part in empty_latent(spec).unbind())
+    assert trajectory.states[0].shape == (1, 5, size) and trajectory.finals[0].shape == (1, size)
+    report = run_node(SolveOlss, trajectory=trajectory, steps=2, trials=3)[2]
+    assert "after 3 trials: 0." in report and "OLSS, 2 steps: 0." in report

@@ -70,6 +70,7 @@ def test_what_a_trial_says_is_so():
     assert none.runs.sampled == 0 and none.points == m.between(*(m.paths_of("auto", none.grams, SIGMAS.tolist(), 8, 1e-4, "euler")[i] for i in (1, 2)), 0.5)  # fmt: skip
     fixed = searched(flow, SIGMAS, seeds, 24, "uniform")
     assert fixed.points == m.uniform_path(100, 8) and fixed.made <= 5
+    assert searched(flow, SIGMAS, seeds, 24, steps=1).made <= 5  # there is one path only
 
 
 def test_a_run_that_left_its_teacher_counts_less():
