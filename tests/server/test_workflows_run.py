@@ -53,6 +53,8 @@ def quick(graph):
             node["inputs"]["record_steps"] = min(FEW, node["inputs"]["record_steps"])
         if isinstance(node["inputs"].get("repeats"), int):
             node["inputs"]["repeats"] = 1
+        if isinstance(node["inputs"].get("trials"), int):
+            node["inputs"]["trials"] = min(4, node["inputs"]["trials"])
     return graph
 
 
