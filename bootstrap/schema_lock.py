@@ -22,7 +22,7 @@ def _options(found: dict[str, Any]) -> dict[str, Any]:
     kept = {key: found[key] for key in KEPT if key in found}
     options = kept.get("options")
     if options and all(isinstance(o, str) for o in options):
-        kept["options"] = [o for o in options if not o.lower().endswith(MODEL_FILES)]
+        kept["options"] = [o for o in options if not o.lower().split(" [")[0].endswith(MODEL_FILES)]
         if not kept["options"]:
             del kept["options"]
     elif options and isinstance(options[0], dict):  # conditional inputs: one sub-schema a choice
