@@ -31,18 +31,11 @@ SAMPLES, STEPS = 40, 25
 SOURCES = ("archs", "kernels", "methods", "nodes", "patching")
 
 
-SELF = [0]  # operations of self-attention that the counter has met
+def attention_flops(q, k, v, *args, out_shape=None, **kwargs) -> int:
+    """Of torch's attention on a CPU, which its counter passes over; shapes q [B, H, N, D], k [B, H, M, D], v [B, H, M, E]."""
+    return 2 * q[0] * q[1] * q[2] * k[2] * (q[3] + v[3])
 
 
-def attention_flops(q, k, v, *args, out_val=None, **kwargs) -> int:
-    """Of torch's attention on a CPU, which its counter passes over: q [B, H, N, D], k [B, H, M, D], v [B, H, M, E]."""
-    b, h, n, d = q.shape
-    made = 2 * b * h * n * k.shape[2] * (d + v.shape[3])
-    SELF[0] += made if n == k.shape[2] else 0
-    return made
-
-
-attention_flops._get_raw = True  # type: ignore[attr-defined]  # the counter then hands over tensors
 ON_CPU = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops}
 
 
@@ -72,16 +65,18 @@ class Lab:
         return torch.load(path)
 
     def operations(self, make) -> tuple[float, float]:
-        """(all, those of self-attention) in a run of one sample."""
-        SELF[0] = 0
+        """(all, those of attention) in a run of one sample."""
         with FlopCounterMode(display=False, custom_mapping=ON_CPU) as counter:
             digits.latents(make(), self.kind, 0, 1, self.steps)
-        return counter.get_total_flops(), SELF[0]
+        kinds = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
+        logits = 2 * kinds.get("aten.baddbmm", 0)  # ComfyUI's attention on a CPU: as much again for the values
+        attention = logits + sum(n for op, n in kinds.items() if "scaled_dot_product" in op)
+        return counter.get_total_flops(), attention
 
     def work(self, name: str, point: Point) -> float:
         """Share of the plain run's operations. The counter does not see into sparse attention, whose report tells its pairs,
         nor into the products of packed weights, which are as many as before."""
-        path = self.path(name, "share").with_suffix(".json")
+        path = self.path(name, "part").with_suffix(".json")
         if not path.exists():
             whole, attention = self.plain_work
             if "min_tokens" in point.inputs:
@@ -167,7 +162,20 @@ def measure(kind: str, samples: int, steps: int, cache: Path, folder: Path) -> d
         if not math.isfinite(row["latent_error"]):
             raise SystemExit(f"{point.title} ({point.label}) gave values that are not finite.")
     right = lab.plain.right if lab.plain.turned is None else lab.plain.right & lab.plain.turned
-    return {"kind": kind, "plain": round(float(right.float().mean()), 4), "rows": rows}
+    return {
+        "kind": kind,
+        "samples": samples,
+        "steps": steps,
+        "plain": round(float(right.float().mean()), 4),
+        "rows": rows,
+    }
+
+
+def joined(made: list[dict[str, Any]]) -> dict[str, Any]:
+    """What was measured now, and the kinds that were measured before."""
+    before = json.loads(RECORD.read_text())["kinds"] if RECORD.exists() else []
+    kinds = {entry["kind"]: entry for entry in [*before, *made]}
+    return {"kinds": [kinds[name] for name in ("image", "video") if name in kinds]}
 
 
 def main() -> None:
@@ -186,7 +194,7 @@ def main() -> None:
         load_pack()
         with tempfile.TemporaryDirectory() as folder:
             made = [measure(kind, args.samples, args.steps, args.cache, Path(folder)) for kind in args.kinds.split(",")]
-        RECORD.write_text(json.dumps({"samples": args.samples, "steps": args.steps, "kinds": made}, indent=1) + "\n")
+        RECORD.write_text(json.dumps(joined(made), indent=1) + "\n")
     write_pages(json.loads(RECORD.read_text()))
 
 

@@ -42,7 +42,7 @@ def section(report: dict[str, Any], node: str) -> str:
     return (
         "## Fidelity on the digit models\n\n"
         f"![{title}: what is lost against what is computed](fidelity/{node}.svg)\n\n"
-        f"{report['samples']} samples and {report['steps']} steps of each setting, from the same noise as the plain run: 1 - SSIM "
+        "Samples of each setting from the same noise as the plain run, as many as `docs/fidelity.md` says: 1 - SSIM "
         "against computed work. Orange is this node, grey all others, and the blue line joins what nothing beats. Such small "
         "pictures lose more to sparse attention than large ones. `make fidelity` draws it anew.\n"
     )
@@ -51,8 +51,7 @@ def section(report: dict[str, Any], node: str) -> str:
 def page(report: dict[str, Any]) -> str:
     return (
         "# What every accelerator keeps, and what it computes\n\n"
-        f"Written by `make fidelity` on the digit models of this repository: {report['samples']} samples of each setting, "
-        f"{report['steps']} Euler steps, the same noise as the plain run. **work** is the share of the plain run's floating point "
+        "Written by `make fidelity` on the digit models of this repository: Euler, the same noise as the plain run. **work** is the share of the plain run's floating point "
         "operations that are computed (matrix products and attention; a quantized model computes the same "
         "on less weights, whose share of the plain file stands beside). **score** is the share that a classifier of real digits reads as asked (clips: digit and direction), "
         "**difference** that to the plain run in points with its 95 % interval over the same samples. **SSIM** is the mean likeness "
@@ -65,7 +64,7 @@ def table(report: dict[str, Any], main: bool) -> str:
     """Of all settings, or of every node's first one."""
     text = ""
     for kind in report["kinds"]:
-        text += f"{NAMES[kind['kind']]}, the plain model: {kind['plain']:.1%} read as asked.\n\n"
+        text += f"{NAMES[kind['kind']]}, {kind['samples']} samples, {kind['steps']} steps; the plain model: {kind['plain']:.1%} read as asked.\n\n"
         text += "| accelerator | setting | work | score | difference | SSIM (worst) | latent error |\n|---|---|---|---|---|---|---|\n"
         for row in kind["rows"]:
             if main and not row["main"]:

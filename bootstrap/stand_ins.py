@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import tiny_vae
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import quantize
@@ -280,6 +281,7 @@ def write(needs: list[dict[str, str]], models: Path, pack: Any) -> None:
         },
         "gemma_2_2b_fp16.safetensors": lambda _: {},
         "wan_2.1_vae.safetensors": lambda _: video_vae(),
+        "ltxv-2b-0.9.8-distilled.safetensors": lambda _: tiny_vae.checkpoint(),
         f"{DIT}/transformer/diffusion_pytorch_model.bin": lambda _: bridged(DIT, "DiTTransformer2DModel"),
         "vae-ft-mse-840000-ema-pruned.safetensors": lambda _: taesd(4),
     }
@@ -293,4 +295,4 @@ def write(needs: list[dict[str, str]], models: Path, pack: Any) -> None:
         elif path.suffix in (".bin", ".pth"):
             pickled(makers[weight["name"]](path.parent), path)
         else:
-            safetensors.torch.save_file(makers[weight["name"]](path.parent), str(path))
+            safetensors.torch.save_file(makers[weight["name"]](path.parent), str(path), tiny_vae.sizes_of(path.name))

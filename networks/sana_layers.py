@@ -159,18 +159,17 @@ def rotated(x: torch.Tensor, pe: tuple[torch.Tensor, torch.Tensor]) -> torch.Ten
 def positions(head: int, grid: Grid, options: dict[str, Any], device) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin [N, 1, head / 2] in fp32: pairs of time first, then of rows and of columns. options: core's
     rope_options, which stretch and shift an axis."""
-    side = 2 * (head // 6)
-    angles = []
+    side, tables = 2 * (head // 6), []
     for name, dim, length in zip("tyx", (head - 2 * side, side, side), grid, strict=True):
         place = torch.arange(length, dtype=torch.float64) * options.get(f"scale_{name}", 1.0)
         place = place + options.get(f"shift_{name}", 0.0)
-        rates = THETA ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-        angles.append(torch.outer(place, rates))
-    t, y, x = angles
-    shape = (*grid, -1)
-    joined = torch.cat((t[:, None, None].expand(shape), y[None, :, None].expand(shape), x.expand(shape)), -1)
-    joined = joined.flatten(0, 2)[:, None]
-    return joined.cos().float().to(device), joined.sin().float().to(device)
+        angles = torch.outer(place, THETA ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim))
+        tables.append(torch.stack((angles.cos(), angles.sin())).float().to(device))  # an axis at a time: few numbers
+    t, y, x = tables
+    shape = (2, *grid, -1)
+    whole = (t[:, :, None, None].expand(shape), y[:, None, :, None].expand(shape), x[:, None, None].expand(shape))
+    cos, sin = torch.cat(whole, -1).flatten(1, 3)[:, :, None]
+    return cos, sin
 
 
 def scaled(x: torch.Tensor, factor: torch.Tensor, shift: torch.Tensor | None = None) -> torch.Tensor:

@@ -122,13 +122,15 @@ class CacheFeature(Feature):
     def plan(self) -> str:
         if self.off:
             return "computes every evaluation: nothing is skipped"
-        how = "reuses" if self.residual or self.order == 0 else f"forecasts, of order {self.order},"
+        how = "reuses" if self.residual or self.order == 0 else f"forecasts with order {self.order}"
+        policy = getattr(self, "policy", "")
         when = f"one of {self.interval} is computed" if self.gate is None else "its gate decides"
         if self.gate is not None and self.interval < FOREVER:
             when += f", at most {self.interval - 1} skipped in a row"
         if self.schedule:
             when = f"a schedule has {self.schedule.full} of {len(self.schedule.mask)} steps computed"
-        return f"{how} what it skips; {when}, and the first {self.warmup} and the last {self.tail_full} evaluations"
+        ends = f"the first {self.warmup} and the last {self.tail_full} evaluations are always computed"
+        return f"{policy}{': ' * bool(policy)}{how} what it skips; {when}; {ends}"
 
     def conflicts(self, other: Feature) -> str | None:
         if isinstance(other, CacheFeature):

@@ -47,6 +47,16 @@ def swap_layers(model: torch.nn.Module) -> None:
                 module.bias = None
 
 
+def quantizable(model: torch.nn.Module, operations: Any) -> None:
+    """Turns plain layers into ComfyUI's, in place, Linears into those of `operations`, which take packed weights."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child) is torch.nn.Linear:
+                made = operations.Linear(child.in_features, child.out_features, child.bias is not None)
+                setattr(module, name, made)
+    swap_layers(model)
+
+
 @contextmanager
 def unplaced():
     """Parameters made inside go to the meta device at once; buffers, which hold tables, stay. For one thread only, as

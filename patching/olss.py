@@ -1,4 +1,4 @@
-"""Record Trajectory and Solve OLSS: runs of a teacher are recorded, and the fitted sampler is tried on seeds of its own."""
+"""Record Trajectory, and the sampler that Solve OLSS fits to what it recorded."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -15,7 +15,6 @@ from .solve_threshold import seeded
 
 TrajectorySocket = io.Custom("TESSERA_TRAJECTORY")
 TEACHERS = {"euler": 1, "heun": 2}  # evaluations a step
-RIVALS = ("euler", "dpmpp_2m")
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,8 +24,10 @@ class Trajectory:
     model: Any
     jobs: list[Job]  # one a seed
     finals: list[torch.Tensor]  # of each job [B, n], fp32 on the CPU
+    states: list[torch.Tensor]  # of each job [B, N + 1, n], thinned
     grams: torch.Tensor  # olss.Grams of all pictures, in the jobs' order
     teacher: str
+    elements: int
     about: dict[str, str]
 
     @property
@@ -88,19 +89,20 @@ def record(model: Any, job: Job, runs: int, teacher: str, elements: int) -> Traj
     progress = Progress((len(sigmas) - 1) * runs)
     plain = metered(model)
     recorder = Recorder(teacher, elements)
-    jobs, finals, grams = [], [], []
+    jobs, finals, states, grams = [], [], [], []
     for number in range(runs):
         one = seeded(dataclasses.replace(job, sampler=comfy.samplers.KSAMPLER(recorder)), number)
         finals.append(flat(sample(plain, one, progress.step).samples))
         if not torch.isfinite(finals[-1]).all():
             raise ValueError(f"The run of seed {one.noise.seed} is not finite; sample it with KSampler to see why.")
         jobs.append(one)
+        states.append(torch.stack(recorder.states, 1))
         grams.append(recorder.grams())
     about = {
         "model": fingerprint(model.model.diffusion_model), "cfg": f"{job.cfg:g}", "teacher": f"{teacher} {len(sigmas) - 1}",
         "runs": str(runs), "latent": "x".join(map(str, job.latent["samples"].shape[1:])),
     }  # fmt: skip
-    return Trajectory(model, jobs, finals, torch.cat(grams), teacher, about)
+    return Trajectory(model, jobs, finals, states, torch.cat(grams), teacher, elements, about)
 
 
 def flat(latent: Any) -> torch.Tensor:
@@ -125,11 +127,33 @@ class Student:
             if callback is not None:
                 callback({"x": x, "i": k, "sigma": sigmas[k], "sigma_hat": sigmas[k], "denoised": denoised})
             velocities.append((x - denoised) / sigmas[k])
+            self.note(x, velocities[-1])
             made = olss.combine(table, k, start, velocities)
             if mask is not None:  # what is given goes straight to its latent, whatever was fitted for the rest
                 made = made * mask + (x + velocities[-1] * (sigmas[k + 1] - sigmas[k])) * (1 - mask)
             x = made
+        self.note(x)
         return x
+
+    def note(self, x: torch.Tensor, velocity: torch.Tensor | None = None) -> None:
+        """Of every state, and of the last one without a velocity; for those who watch."""
+
+
+class Watched(Student):
+    """A student whose newest run is kept as a recorder keeps its teacher's."""
+
+    def __init__(self, table: olss.Table, elements: int):
+        super().__init__(table)
+        self.kept = Recorder("euler", elements)
+
+    def __call__(self, *given, **named):
+        self.kept.states, self.kept.velocities = [], []
+        return super().__call__(*given, **named)
+
+    def note(self, x, velocity=None):
+        self.kept.states.append(self.kept.thin(x))
+        if velocity is not None:
+            self.kept.velocities.append(self.kept.thin(velocity))
 
 
 def check(table: olss.Table, sigmas: torch.Tensor) -> None:
@@ -147,77 +171,3 @@ def check(table: olss.Table, sigmas: torch.Tensor) -> None:
 def sampler_of(table: olss.Table) -> Any:
     """SAMPLER."""
     return comfy.samplers.KSAMPLER(Student(table))
-
-
-def split(trajectory: Trajectory, holdout: float) -> int:
-    """How many seeds, the last ones, have no part in the fit; at least one learns, and one is held out where there are
-    two and holdout is above 0."""
-    runs = len(trajectory.jobs)
-    return min(max(round(runs * holdout), 1 if holdout > 0 else 0), runs - 1)
-
-
-def solve(
-    trajectory: Trajectory, steps: int, path: str, ridge: float, prior: str, holdout: float, check: bool
-) -> tuple[olss.Table, list[str]]:
-    """(table, lines of a report). Of several paths the runs that were learnt from choose: sampled again with check, else
-    by the fit. The held-out seeds judge what was chosen, and have no part in it."""
-    held = split(trajectory, holdout)
-    pictures = trajectory.finals[0].shape[0]
-    count = (len(trajectory.jobs) - held) * pictures
-    learn, judged = trajectory.grams[:count], trajectory.grams[count:]
-    sigmas = trajectory.sigmas
-    paths = olss.paths_of(path, learn, sigmas, steps, ridge, prior)
-    tables = [olss.solve(learn, sigmas, points, ridge, prior) for points in paths]
-    trials = Trials(trajectory, held, steps, len(tables)) if check else None
-    best = 0
-    if len(tables) > 1:
-        errors = [
-            trials.error(sampler_of(table), table.sigmas.float(), learnt=True)
-            if trials
-            else olss.fit_error(learn, table, points)
-            for table, points in zip(tables, paths, strict=True)
-        ]
-        best = min(range(len(errors)), key=errors.__getitem__)
-    about = {**trajectory.about, "path": path, "ridge": f"{ridge:g}", "prior": prior}
-    table, points = dataclasses.replace(tables[best], about=about), paths[best]
-    lines = [
-        f"OLSS of {steps} steps, {path} path {', '.join(map(str, points))} of {len(sigmas) - 1}",
-        f"fitted to {len(learn)} pictures; largest coefficient {table.largest:.3g}",
-    ]
-    if trials is not None and held:
-        lines.append(f"held-out seeds ({held}), difference to the {trajectory.about['teacher']} steps of the teacher:")
-        lines.append(f"  OLSS, {steps} steps: {trials.error(sampler_of(table), table.sigmas.float()):.4f}")
-        lines += [f"  {name}, {steps} steps: {trials.rival(name):.4f}" for name in RIVALS]
-    elif held:
-        lines.append(
-            f"held-out pictures, with the teacher's velocities: error {olss.fit_error(judged, table, points):.4f}"
-        )
-    return table, lines
-
-
-class Trials:
-    """Runs of few steps, compared with the teacher's: from the seeds that were learnt from, or the held-out ones."""
-
-    def __init__(self, trajectory: Trajectory, held: int, steps: int, paths: int):
-        self.plain, self.sigmas, self.steps = metered(trajectory.model), trajectory.sigmas, steps
-        known = list(zip(trajectory.jobs, trajectory.finals, strict=True))
-        learnt = len(known) - held
-        self.learnt, self.held = known[:learnt], known[learnt:]
-        runs = held * (1 + len(RIVALS)) + (learnt * paths if paths > 1 else 0)
-        self.progress = Progress(runs * steps)
-
-    def error(self, sampler: Any, sigmas: torch.Tensor, learnt: bool = False) -> float:
-        found = []
-        for job, want in self.learnt if learnt else self.held:
-            again = dataclasses.replace(job, sampler=sampler, sigmas=sigmas)
-            found.append(relative(flat(sample(self.plain, again, self.progress.step).samples), want))
-        return sum(found) / len(found)
-
-    def rival(self, name: str) -> float:
-        """A sampler of core, evenly spaced in the teacher's schedule."""
-        even = [self.sigmas[p] for p in olss.uniform_path(len(self.sigmas) - 1, self.steps)]
-        return self.error(comfy.samplers.sampler_object(name), torch.tensor(even))
-
-
-def relative(got: torch.Tensor, want: torch.Tensor) -> float:
-    return float((got - want).norm() / want.norm().clamp_min(1e-12))

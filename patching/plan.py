@@ -72,6 +72,7 @@ def lines(report: dict[str, Any]) -> list[str]:
     known = "" if report["known"] else " (unknown: its blocks and token layout are not known to Tessera)"
     grid = f", {' x '.join(map(str, report['grid']))} image tokens" if report["grid"] else ""
     made = [headline(report), f"Model: {report['architecture']}{known}{blocks}{grid}"]
+    made += [f"Here nodes on {what} cannot act: {why}" for what, why in report["limits"].items()]
     for stage, when in STAGES.items():
         rows = [row for row in report["rows"] if row["stage"] == stage]
         if rows:

@@ -8,7 +8,7 @@ from typing import Any
 from comfy.patcher_extension import WrappersMP
 
 from .attention import OVERRIDE
-from .plan_words import Row, called, ranges, settings
+from .plan_words import Row, called, ranges, value_words
 from .quant_ops import LAYOUTS
 from .rivals import exchanged
 from .run import FEATURES, LEDGER, RUN, WRAPPER_KEY
@@ -29,6 +29,7 @@ SINGLE = {  # entries of model_options: their stage, and what they do
     "sampler_cfg_function": ("guidance", "joins the predictions in place of plain guidance"),
     "sampler_post_cfg_function": ("guidance", "changes the guided prediction"),
 }
+CACHE_SETTINGS = ("reuse_threshold", "start_percent", "end_percent")
 KNOWN = {"patches", "patches_replace", "wrappers", "callbacks", OVERRIDE, FEATURES, LEDGER, RUN}
 BLOCK_PATCHES = ("double_block", "single_block", "input_block", "output_block", "middle_block", "mlp", "noise_refiner")
 
@@ -146,7 +147,8 @@ def _wrapper(model: Any, kind: str, stage: str, key: Any, function: Any) -> Row:
         return Row(stage, owner, COMPILE, f"the model runs compiled: {words}")
     if key == EASYCACHE:
         held = model.model_options["transformer_options"].get(EASYCACHE)
-        words = settings(held, ())
+        said = ((name, value_words(getattr(held, name, None))) for name in CACHE_SETTINGS)
+        words = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in said if value is not None)
         return Row(
             stage, owner, getattr(held, "name", "EasyCache"), f"skips steps by how much the input changed: {words}"
         )

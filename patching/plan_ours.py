@@ -50,6 +50,8 @@ def row(feature: Feature, stage: str, model: Any) -> Row:
     arch = archs.find(model.model.diffusion_model)
     stack = positions(arch, model.model.diffusion_model) if arch is not None else []
     percent = getattr(feature, "sigma_percent", None) or getattr(feature, "percents", None)
+    if percent is None and hasattr(feature, "end_percent"):
+        percent = (0.0, feature.end_percent)
     made = Row(stage, "Tessera", feature.name, feature.plan(), feature.node)
     if stack and isinstance(feature, BlockFeature | AttentionFeature | AroundAttention):
         made.blocks, made.of = ranges(sorted(blocks_of(feature, len(stack)))), len(stack)

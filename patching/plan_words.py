@@ -18,8 +18,20 @@ STAGES = {  # in order of action; when each of them acts
     "attention": "at every attention call",
     "guidance": "after the calls of a step, on their predictions",
 }
-TOLD_APART = ("node", "name", "unsupported", "inactive", "blocks", "percents", "sigma_percent", "given", "profile")
-MOST = 12  # settings of one row
+TOLD_APART = (
+    "node",
+    "name",
+    "unsupported",
+    "inactive",
+    "blocks",
+    "percents",
+    "sigma_percent",
+    "end_percent",
+    "given",
+    "profile",
+)
+MOST = 12  # numbers of one setting
+LONG = 160  # letters of one setting
 OURS = __name__.partition(".patching")[0] + "."
 CORE = ("comfy", "comfy_api", "comfy_extras", "comfy_execution", "nodes")
 
@@ -45,8 +57,24 @@ def settings(thing: Any, skip: Iterable[str] = TOLD_APART) -> str:
     """ "interval 3, order 1": the fields of a dataclass, or the attributes of an object, that are set and can be said."""
     names = [f.name for f in fields(thing)] if is_dataclass(thing) else sorted(getattr(thing, "__dict__", {}))
     said = [(name, value_words(getattr(thing, name))) for name in names if name not in skip and name[0] != "_"]
-    said = [("" if name == "method" else name, words) for name, words in said]
     return ", ".join(f"{name} {words}".replace("_", " ").strip() for name, words in said if words is not None)
+
+
+def feature_words(feature: Any) -> str:
+    """The settings of a Feature; of an attention plan its method, and the calls that it leaves dense."""
+    return attention_words(feature) if hasattr(feature, "dense_steps") else settings(feature)
+
+
+def attention_words(plan: Any) -> str:
+    (first, last), scope = plan.dense_steps, plan.scope
+    said = [
+        settings(plan.method) or type(plan.method).__name__,
+        f"from {plan.min_tokens:,} image tokens on" if plan.min_tokens else "",
+        f"dense in the first {first} steps" if first else "",
+        f"dense in the last {last} steps" if last else "",
+        f"{scope} attention only" if scope != "all" else "",
+    ]
+    return "; ".join(filter(None, said))
 
 
 def value_words(value: Any) -> str | None:
@@ -65,9 +93,8 @@ def value_words(value: Any) -> str | None:
         return ranges(sorted(value))
     if isinstance(value, tuple) and any(value) and all(isinstance(n, int | float | str) for n in value[: MOST + 1]):
         return " ".join(str(n) for n in value) if len(value) <= MOST else f"of {len(value)}"
-    if is_dataclass(value) and not isinstance(value, type):
-        return f"({settings(value)})" if settings(value) else None
-    return None
+    inside = settings(value) if is_dataclass(value) and not isinstance(value, type) else ""
+    return f"({inside})" if 0 < len(inside) <= LONG else None  # weights and tables have no words
 
 
 def ranges(numbers: Iterable[int]) -> str:

@@ -14,6 +14,7 @@ from comfy.patcher_extension import WrappersMP
 from .. import archs
 from .profile_meter import Meter
 from .profile_shapes import CountingMeter, Shapes, Untold
+from .report import latest_record
 from .sampling import Job, Outcome, Progress, metered, peak, sample, synchronize
 
 MODES = ("events", "analytic", "trace")
@@ -48,6 +49,7 @@ class Found:
     plain: list[float] = field(default_factory=list)  # seconds of steps of the same run without hooks
     operators: dict[str, float] = field(default_factory=dict)  # seconds by kind, from a trace
     outside: dict[str, float] = field(default_factory=dict)  # seconds of text encoder and VAE
+    record: dict[str, Any] = field(default_factory=dict)  # what our nodes say of the measured run
     notes: list[str] = field(default_factory=list)
 
 
@@ -57,11 +59,10 @@ def measure(model: Any, job: Job, asked: Asked) -> Found:
     if total < 1:
         raise ValueError(f"{NAME} needs a schedule of at least 2 sigmas, got {len(job.sigmas)}; raise the steps.")
     steps = min(asked.steps or total, total)
-    compiled = "torch.compile" in model.wrappers.get(WrappersMP.APPLY_MODEL, {})
-    if compiled and asked.mode == "events":
+    if compiled(model) and asked.mode == "events":
         raise ValueError(
-            f"{NAME} cannot look inside a MODEL that torch.compile has made one piece of. Set mode to trace or analytic, or "
-            "connect the MODEL from before TorchCompileModel."
+            f"{NAME} cannot look inside of what torch.compile has made one piece of. Set mode to trace or analytic, or connect "
+            "the MODEL from before it was compiled."
         )
     progress = Progress({"analytic": 1, "trace": 2 + steps, "events": 2 + 2 * steps}[asked.mode])
     found = count(model, job, progress)
@@ -78,6 +79,13 @@ def measure(model: Any, job: Job, asked: Asked) -> Found:
         samples = found.outcome.samples
         found.outside["vae"] = timed(lambda: asked.decode(samples), model)  # type: ignore[misc]
     return found
+
+
+def compiled(model: Any) -> bool:
+    """By core's node, or as object patches of modules, as other packs do it."""
+    parts = model.object_patches.values()
+    wrapped = "torch.compile" in model.wrappers.get(WrappersMP.APPLY_MODEL, {})
+    return wrapped or any(type(part).__name__ == "OptimizedModule" for part in parts)
 
 
 def timed(act: Callable[[], Any], model: Any) -> float:
@@ -127,6 +135,7 @@ def events(model: Any, job: Job, steps: int, found: Found, progress: Progress) -
     meter = Meter(found.counted.arch, lambda: synchronize(device))
     with metering(model, meter) as watched:
         found.outcome = until(watched, job, steps, progress, meter.end_step)
+        found.record = latest_record(watched)
     found.run = meter
     if found.outcome is not None:
         found.outcome.peak_bytes = found.outcome.peak_bytes or peak(device)
@@ -205,17 +214,20 @@ def traced(model: Any, job: Job, steps: int, asked: Asked, found: Found, progres
     if asked.trace is not None:
         asked.trace.parent.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(asked.trace))
+    kind = torch.autograd.DeviceType.CUDA if len(activities) > 1 else torch.autograd.DeviceType.CPU
     for event in profiler.key_averages():
-        spent = event.self_device_time_total if model.load_device.type == "cuda" else event.self_cpu_time_total
-        kind = operator_kind(event.key)
-        found.operators[kind] = found.operators.get(kind, 0.0) + spent / 1e6 / steps
+        if event.device_type != kind:  # on a GPU its kernels; the operators that launched them have the same time again
+            continue
+        spent = event.self_device_time_total if len(activities) > 1 else event.self_cpu_time_total
+        name = operator_kind(event.key)
+        found.operators[name] = found.operators.get(name, 0.0) + spent / 1e6 / steps
 
 
 WORDS = {
-    "attention": ("attention", "flash", "softmax", "bmm", "sdpa", "tessera::"),
+    "attention": ("attention", "flash", "softmax", "fmha", "bmm", "sdpa", "tessera::"),
     "convolution": ("conv",),
     "norm": ("norm",),
-    "linear": ("mm", "linear", "gemm", "addmv"),
+    "linear": ("mm", "linear", "gemm", "addmv", "cutlass", "nvjet"),
 }
 
 

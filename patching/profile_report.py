@@ -17,7 +17,7 @@ from .run import features_of
 from .sampling import Job, start_latent
 
 FOLDER = "tessera_model_profiles"  # below ComfyUI's output folder
-TERA = 1e12
+TERA, GIB = 1e12, 2**30
 NAMES = {
     "outside": "outside the network",
     "profiler": "the profiler itself",
@@ -43,7 +43,7 @@ def report(model: Any, job: Job, asked: Asked, found: Found) -> dict[str, Any]:
     measured = Measured(
         {k: v["flops_share"] for k, v in told["classes"].items()},
         {k: v["share"] for k, v in told["classes"].items()} if told["step_seconds"] else None,
-        told["classes"]["linear"]["intensity"] or 0.0, model.load_device.type, told["memory"]["offloaded"],
+        told["classes"]["linear"]["intensity"] or 0.0, model.load_device.type, told["memory"]["offloaded"], around(told),
     )  # fmt: skip
     told["bottleneck"], told["why"] = bottleneck(measured)
     told["advice"] = advice(model, told)
@@ -69,6 +69,13 @@ def frames(model: Any, job: Job) -> int:
     samples = start_latent(model, job)
     first = samples.unbind()[0] if getattr(samples, "is_nested", False) else samples
     return first.shape[2] if first.ndim == 5 else 1
+
+
+def around(told: dict[str, Any]) -> float:
+    """What text encoder and VAE take of a picture's time, where they were timed."""
+    once = sum(told["outside"].values())
+    step = told["plain_step_seconds"] or told["step_seconds"]
+    return once / (once + step * told["schedule"]) if once and step else 0.0
 
 
 def summed(meter: Meter | None, steps: int = 1) -> dict[str, Cell]:
@@ -186,6 +193,12 @@ def notes(told: dict[str, Any], found: Found) -> list[str]:
         made.append(
             f"{told['computed_share']:.0%} of the arithmetic was computed; the nodes on this MODEL saved the rest"
         )
+    for feature in found.record.get("features", ()):
+        pairs = feature["facts"].get("pairs_fraction", 1.0)
+        if pairs < 1:
+            made.append(
+                f"{feature['name']} computed {pairs:.1%} of the query-key pairs of its calls; FLOPs here count them all"
+            )
     if not told["known"]:
         made.append("the blocks of this architecture are not known, so that nothing is told by block")
     if told["mode"] == "trace":
@@ -209,9 +222,23 @@ def lines(told: dict[str, Any]) -> list[str]:
         made.append(
             f"attention of {row['queries']:,} queries and {row['keys']:,} keys: {row['calls']} calls a step{share}"
         )
+    made.append(held(told))
     made += [f"{name}: {seconds:.4g} s once a picture" for name, seconds in told["outside"].items()]
     made += [f"try {row['node']}: {row['why']}" for row in told["advice"]]
     return made + told["notes"]
+
+
+def held(told: dict[str, Any]) -> str:
+    memory = told["memory"]
+    peak = "" if memory["peak"] is None else f", {size(memory['peak'])} at the peak"
+    return (
+        f"weights of {size(memory['weights'])}{peak}; {size(told['step_bytes'])} moved a step by layers and attention"
+    )
+
+
+def size(count: float) -> str:
+    """ "22.2 GiB"."""
+    return f"{count / GIB:.3g} GiB" if count >= GIB / 10 else f"{1024 * count / GIB:.3g} MiB"
 
 
 def picture(told: dict[str, Any]):

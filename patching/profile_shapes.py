@@ -3,6 +3,7 @@ stand-ins of what ComfyUI would give it."""
 
 from typing import Any
 
+import comfy.model_management
 import comfy.ops
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -122,6 +123,8 @@ class Shapes:
             kwargs = {**kwargs, "transformer_options": {key: options[key] for key in PLAIN if key in options}}
         try:
             out = shapes(self.mode, self.meter, self.twin, args, kwargs)
+        except comfy.model_management.InterruptProcessingException:
+            raise
         except Exception as error:  # whatever a forward does that needs values
             raise Untold(_said(error)) from error
         return tree_map(lambda t: torch.zeros(t.shape, dtype=t.dtype, device=first.device), out)

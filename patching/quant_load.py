@@ -23,6 +23,8 @@ from .quant_layout import quantized
 from .quant_ops import operations, ours
 from .quant_parts import together
 from .quant_patcher import patched
+from .sana_video_quant import is_sana_video
+from .sana_video_quant import made as sana_video
 
 log = logging.getLogger("tessera")
 OWN = (FORMAT, quant_parts.FORMAT)
@@ -39,9 +41,13 @@ def load(path: str, roots: tuple[str, ...] = (), disable_dynamic: bool = False) 
     check_config(name, metadata, len(tensors))
     try:
         with Heard() as heard:
-            model = comfy.sd.load_diffusion_model_state_dict(
-                tensors, options, metadata, disable_dynamic=disable_dynamic
-            )
+            if is_sana_video(tensors):
+                dtype = _compute_dtype()
+                model = sana_video(name, tensors, metadata, operations(dtype, _emulated()), dtype, disable_dynamic)
+            else:
+                model = comfy.sd.load_diffusion_model_state_dict(
+                    tensors, options, metadata, disable_dynamic=disable_dynamic
+                )
     except (RuntimeError, ValueError) as error:  # sizes that do not fit the model, as torch or a layer says it
         raise ValueError(f"{name}: {' '.join(str(error).split())[:600]}") from error
     except (

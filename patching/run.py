@@ -16,7 +16,7 @@ from .. import archs
 from .clock import Clock, expected_evaluations
 from .live import Live
 from .pictures import Sketch
-from .plan_words import settings
+from .plan_words import feature_words
 from .report import Ledger, publish
 from .timeline import Timeline
 
@@ -76,7 +76,7 @@ class Feature:
 
     def plan(self) -> str:
         """In words, before anything is sampled: what it will do. Blocks and schedule are told apart."""
-        return settings(self)
+        return feature_words(self)
 
     def bypassed(self, run: "Run", facts: dict[str, Any]) -> str:
         """A sentence where others did, in the finished run, what was this feature's to do: who, and the remedy."""

@@ -1,6 +1,7 @@
 """SANA-Video as a ComfyUI MODEL: our network under its wrappers and its softmax attention, in a BaseModel that samples a
 flow, takes a prompt of Gemma 2 and, for frames that a noise mask keeps, time step 0."""
 
+from dataclasses import asdict
 from typing import Any, ClassVar
 
 import comfy.conds
@@ -21,6 +22,7 @@ from .diffusers_sampling import Noise
 NAME = "SANA-Video"
 TIMES = 1000.0  # what the network counts to
 MEMORY = 2.0
+MARK = "sana_"  # before sizes in a family's config, which files of quantized weights hold
 
 
 def attend(q, k, v, heads: int, mask=None, transformer_options=None) -> torch.Tensor:
@@ -81,7 +83,8 @@ def family(sizes: Sizes, noise: Noise) -> comfy.supported_models_base.BASE:
         def inpaint_model(self):
             return False
 
-    return Family({"disable_unet_model_creation": True, "in_channels": sizes.channels})
+    told = {f"{MARK}{key}": value for key, value in {**asdict(sizes), "shift": noise.settings["shift"]}.items()}
+    return Family({"disable_unet_model_creation": True, "in_channels": sizes.channels, **told})
 
 
 class SanaVideoModel(comfy.model_base.HiDream):

@@ -68,7 +68,7 @@ def load(path: str, weight_dtype: str = "default", exact: bool = True, disable_d
     if chosen.is_dir() or chosen.with_suffix(".json").is_file():
         sizes = told(read_config(chosen, CLASSES)[1])
     else:
-        sizes = inferred(chosen)
+        sizes = inferred(chosen.name, {key: entry.shape for key, entry in read_header(chosen).tensors.items()})
     schedule = beside(chosen, "scheduler", "scheduler_config.json")
     noise = noise_of(SCHEDULE if schedule is None else schedule, "scheduler/scheduler_config.json")
     if noise.alphas is not None:
@@ -125,23 +125,22 @@ def told(config: Mapping[str, Any]) -> Sizes:
     )  # fmt: skip
 
 
-def inferred(file: Path) -> Sizes:
+def inferred(file: str, shapes: Mapping[str, tuple[int, ...]]) -> Sizes:
     """From the shapes in a file without a config. ValueError where they are not those of SANA-Video."""
-    shapes = {key: entry.shape for key, entry in read_header(file).tensors.items()}
     keys = ("patch_embedding.weight", "caption_projection.linear_1.weight", "transformer_blocks.0.ff.conv_temp.weight")
     keys += ("transformer_blocks.0.ff.conv_point.weight",)
     wanted = [shapes.get(key, ()) for key in keys]
     if [len(shape) for shape in wanted] != [5, 2, 4, 4]:
         raise ValueError(
-            f"{file.name} is no {NAME}: it lacks {keys[2]} or one like it. Choose the transformer of a SANA-Video release in "
+            f"{file} is no {NAME}: it lacks {keys[2]} or one like it. Choose the transformer of a SANA-Video release in "
             "diffusers' format."
         )
     first, text, _, point = wanted
     width = first[0]
     if width % HEAD:
         raise ValueError(
-            f"{file.name} is {width} wide, which heads of {HEAD} do not divide. Put its config.json beside it as "
-            f"{file.stem}.json."
+            f"{file} is {width} wide, which heads of {HEAD} do not divide. Put its config.json beside it as "
+            f"{Path(file).stem}.json."
         )
     layers = 1 + max(int(k.split(".")[1]) for k in shapes if re.match(r"transformer_blocks\.\d{1,4}\.", k))
     heads, one = width // HEAD, "transformer_blocks.0.attn1."

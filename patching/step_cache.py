@@ -41,9 +41,6 @@ class StepCache(CacheFeature):
     policy: str = ""
     published: bool = False  # TeaCache: the polynomial is to be one that was published for this model
 
-    def plan(self) -> str:
-        return f"{self.policy}: {super().plan()}"
-
     def facts(self, state: CacheState) -> dict[str, Any]:
         return {**super().facts(state), "policy": self.policy}
 

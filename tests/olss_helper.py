@@ -1,11 +1,15 @@
 """Flows whose velocity is known, and the recorder and the fitted sampler run on them as samplers run on a model."""
 
+from types import SimpleNamespace
+
 import torch
 from pack import use_comfyui
 
 use_comfyui()
 
+from tessera.methods.sampling import olss
 from tessera.patching.olss import Recorder, Student
+from tessera.patching.olss_solve import Asked, Runs, Search, relative
 
 
 class Flow:
@@ -60,3 +64,27 @@ def euler(flow: Flow, sigmas: torch.Tensor, seeds) -> torch.Tensor:
 
 def student(flow: Flow, table, seeds) -> torch.Tensor:
     return Student(table)(flow, noise(flow, seeds), table.sigmas.to(flow.dtype))
+
+
+class FlowRuns(Runs):
+    """Each seed a job of its own."""
+
+    def __init__(self, flow: Flow, sigmas: torch.Tensor, seeds):
+        recorder = Recorder("euler", 1 << 20)
+        self.flow, self.seeds, self.learnt = flow, list(seeds), list(range(len(seeds)))
+        self.finals = recorder(flow, noise(flow, seeds), sigmas)
+        self.grams = recorder.grams()
+        states = torch.stack(recorder.states, 1)
+        self.trajectory = SimpleNamespace(sigmas=sigmas.tolist(), elements=1 << 20, states=states.split(1))
+        self.sampled = 0
+
+    def error(self, number, sampler, sigmas):
+        self.sampled += 1
+        got = sampler.sampler_function(self.flow, noise(self.flow, [self.seeds[number]]), sigmas.to(self.flow.dtype))
+        return relative(got, self.finals[number : number + 1])
+
+
+def searched(flow: Flow, sigmas: torch.Tensor, seeds, trials: int, path: str = "auto", steps: int = 8) -> Search:
+    runs, asked = FlowRuns(flow, sigmas, seeds), Asked(steps, path, 1e-4, "euler", 0.0, False, trials)
+    paths = olss.paths_of(path, runs.grams, sigmas.tolist(), steps, 1e-4, "euler")
+    return Search(runs, runs.grams, paths, asked)

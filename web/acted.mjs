@@ -13,6 +13,7 @@ function features(run) {
 /**
  * @param {import("./runs.mjs").Run} run
  * @param {(id: string) => void} show brings a node into view
+ * @param {Record<string, any> | null} plan the report of a Plan node
  * @returns {HTMLElement[]}
  */
 export function sections(run, show, plan) {
@@ -20,7 +21,7 @@ export function sections(run, show, plan) {
     section("What acted", acted(run, show)),
     section("Declined, and what helps", declined(run)),
     section("Memory", memory(run)),
-    section("Other packs on this MODEL", list(object(plan).foreign).map(foreign).filter(Boolean)),
+    section("Others on this MODEL, says Plan", others(object(plan))),
   ].filter(Boolean);
 }
 
@@ -84,8 +85,16 @@ function amount(label, size, share = null) {
   return el("div", { class: "tessera-amount" }, el("span", {}, label), el("span", {}, size), bar);
 }
 
-/** Of a Plan: a sentence, or an entry with a name and a line. */
-function foreign(entry) {
-  const words = text(entry) || [text(object(entry).name), text(object(entry).line)].filter(Boolean).join(": ");
-  return words ? el("p", {}, words) : null;
+/** What a Plan of this workflow found beside our nodes: conflicts, then the patches in the order of action. */
+function others(plan) {
+  const rows = list(plan.rows).map(object).filter((row) => text(row.owner) && text(row.owner) !== "Tessera");
+  return [
+    ...list(plan.conflicts).map(text).filter(Boolean).map((line) => el("p", { class: "tessera-conflict" }, line)),
+    ...rows.map((row) => el("p", {}, el("b", {}, `${text(row.name)} `), `(${text(row.owner)}): ${text(row.does)}`, idle(row))),
+  ];
+}
+
+function idle({ state, why }) {
+  const words = [text(state), text(why)].filter(Boolean).join(": ");
+  return words && text(state) !== "acts" ? el("span", { class: "tessera-remedy" }, ` (${words})`) : null;
 }

@@ -73,9 +73,10 @@ function cell(share, title) {
 function blocks(report, timed) {
   const rows = list(report.by_block).map(object);
   if (!rows.length || rows.length > MOST) return null;
-  const values = rows.map((row) => number(timed && number(row.share) > 0 ? row.share : row.flops_share) ?? 0);
+  const clocked = timed && rows.some((row) => number(row.share) > 0);
+  const values = rows.map((row) => number(clocked ? row.share : row.flops_share) ?? 0);
   const top = Math.max(...values) || 1;
-  const what = timed ? "time" : "arithmetic";
+  const what = clocked ? "time" : "arithmetic";
   const strip = svg("svg", {
     class: "tessera-strip",
     viewBox: `0 0 ${rows.length} 1`,

@@ -17,6 +17,7 @@ class Measured:
     intensity: float  # FLOPs a byte of the linear layers
     device: str
     offloaded: bool = False  # weights do not all fit on the device
+    around: float = 0.0  # of the time of a picture, that of text encoder and VAE
 
 
 def shares(values: Mapping[str, float]) -> dict[str, float]:
@@ -33,6 +34,8 @@ def bottleneck(found: Measured) -> tuple[str, str]:
     products = by.get("linear", 0.0) + by.get("convolution", 0.0)
     rest = by.get("other", 0.0) + by.get("norm", 0.0)
     ridge = RIDGE.get(found.device, RIDGE["cuda"])
+    if found.around >= OUTSIDE:
+        return "outside", f"text encoder and VAE take {found.around:.0%} of the time of a picture, sampling the rest"
     if found.times and outside >= OUTSIDE:
         return (
             "outside",

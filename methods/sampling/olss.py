@@ -7,8 +7,12 @@ points p_0 = 0 < .. < p_K = N, evaluates at the first K of them, and sets
 
 with (a_k, b_k) of least squared error over all recorded runs. Plain least squares explodes where early velocities are
 nearly the same, so the columns are normed and the difference to a known rule (the prior) is held small by a ridge. Only
-the inner products of a run's vectors are needed, so that is all that is kept of it."""
+the inner products of a run's vectors are needed.
 
+The teacher's velocities are not those that the student meets: its states are a little off. Once it has run, the same fit
+is made again with its own velocities and the teacher's states (the case of a trajectory of K steps, each visited)."""
+
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -18,6 +22,7 @@ PATHS = ("uniform", "graph", "auto", "karras")
 PRIORS = ("euler", "ab2", "zero")
 RHO = 7.0  # of the karras path
 HALVINGS = 30
+SHARES = (0.5, 0.0, 1.0, 0.25, 0.75)  # of the even path in what auto tries, in that order
 Grams = torch.Tensor  # float64 [S, 2 N + 1, 2 N + 1]: x_0 .. x_N, v_0 .. v_{N-1} of each of S runs
 
 
@@ -87,14 +92,29 @@ def row_error(grams: Grams, path: Sequence[int], k: int, row: torch.Tensor, last
     return float((weights @ grams.sum(0)[every][:, every] @ weights).clamp_min(0))
 
 
-def solve(grams: Grams, sigmas: Sequence[float], path: Sequence[int], ridge: float, prior: str) -> Table:
-    """The table of one path."""
+def solve(
+    grams: Grams,
+    sigmas: Sequence[float],
+    path: Sequence[int],
+    ridge: float,
+    prior: str,
+    weights: torch.Tensor | None = None,
+) -> Table:
+    """The table of one path. weights [S, K]: how much each run counts in each step, all alike without them."""
     steps = len(path) - 1
     a, b = torch.zeros(steps, dtype=torch.float64), torch.zeros(steps, steps, dtype=torch.float64)
     for k in range(steps):
-        row, _ = fit_row(grams, sigmas, path, k, ridge, prior)
+        counted = grams if weights is None else grams * weights[:, k, None, None]
+        row, _ = fit_row(counted, sigmas, path, k, ridge, prior)
         a[k], b[k, : k + 1] = row[0], row[1:]
     return Table(torch.tensor([sigmas[p] for p in path], dtype=torch.float64), a, b)
+
+
+def trust(off: torch.Tensor, scale: float) -> torch.Tensor:
+    """[S, K] from the mean squares [S, K] by which runs are off the teacher's before each step: a run that has left its
+    teacher's way, to another picture say, tells little of how to follow it. scale: a mean square of the states."""
+    weights = 1 / (off + off.median(0).values + 1e-8 * scale)
+    return weights / weights.mean(0)
 
 
 def combine(table: Table, k: int, start: torch.Tensor, velocities: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -133,6 +153,8 @@ def karras_path(sigmas: Sequence[float], steps: int) -> list[int]:
 def graph_path(grams: Grams, sigmas: Sequence[float], steps: int, ridge: float, prior: str) -> list[int]:
     """Each step goes as far as its error stays below a limit; the limit is the least one that reaches the end in time."""
     points = len(sigmas) - 1
+    if steps == points:
+        return uniform_path(points, steps)
     scale = float(grams[:, 0, 0].mean())
     low, high = -40.0, 5.0  # of the limit's binary logarithm, relative to the noise
     best = uniform_path(points, steps)
@@ -149,12 +171,25 @@ def graph_path(grams: Grams, sigmas: Sequence[float], steps: int, ridge: float, 
     return best
 
 
-def halfway_path(one: Sequence[int], other: Sequence[int]) -> list[int]:
-    """The rounded means of two paths; they rise as both do."""
-    path = [(a + b) // 2 for a, b in zip(one, other, strict=True)]
+def between(one: Sequence[int], other: Sequence[int], share: float) -> list[int]:
+    """The path that is `share` of the way from one to the other, rounded; it rises as both do."""
+    path = [round(a + share * (b - a)) for a, b in zip(one, other, strict=True)]
     for i in range(1, len(path)):
         path[i] = max(path[i], path[i - 1] + 1)
+    path[-1] = one[-1]
+    for i in range(len(path) - 2, 0, -1):
+        path[i] = min(path[i], path[i + 1] - 1)
     return path
+
+
+def moved(path: Sequence[int], chance: random.Random) -> list[int] | None:
+    """The path with one of its inner points elsewhere between its neighbours; None where none can move."""
+    free = [k for k in range(1, len(path) - 1) if path[k + 1] - path[k - 1] > 2]
+    if not free:
+        return None
+    k = chance.choice(free)
+    places = [p for p in range(path[k - 1] + 1, path[k + 1]) if p != path[k]]
+    return [*path[:k], chance.choice(places), *path[k + 1 :]]
 
 
 def _walk(grams, sigmas, steps: int, limit: float, ridge: float, prior: str) -> list[int] | None:
@@ -173,8 +208,8 @@ def _walk(grams, sigmas, steps: int, limit: float, ridge: float, prior: str) -> 
 
 
 def paths_of(kind: str, grams: Grams, sigmas: Sequence[float], steps: int, ridge: float, prior: str) -> list[list[int]]:
-    """The path of that kind; of auto the searched path, the even one and that between them, of which trial runs choose.
-    ValueError where the teacher has fewer steps than the student."""
+    """The path of that kind; of auto the one halfway between the searched and the even path, then these and others
+    between, of which trial runs choose. ValueError where the teacher has fewer steps than the student."""
     points = len(sigmas) - 1
     if not 1 <= steps <= points:
         raise ValueError(f"steps {steps} must be at most the {points} steps of the recorded runs; record longer ones.")
@@ -184,4 +219,6 @@ def paths_of(kind: str, grams: Grams, sigmas: Sequence[float], steps: int, ridge
     if kind == "karras":
         return [karras_path(sigmas, steps)]
     found = graph_path(grams, sigmas, steps, ridge, prior)
-    return [found] if kind == "graph" else [found, halfway_path(found, even), even]
+    if kind == "graph":
+        return [found]
+    return [between(found, even, share) for share in SHARES]

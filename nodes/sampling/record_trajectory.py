@@ -29,8 +29,8 @@ class RecordTrajectory(io.ComfyNode):
                 io.Combo.Input("teacher", options=[*TEACHERS],
                     tooltip="How the recorded runs step: euler, 1 evaluation a step, or heun, 2 and far more exact."),
                 io.Int.Input("elements", default=65536, min=256, max=1 << 24, step=256, advanced=True,
-                    tooltip="Most numbers of each picture that are compared, at the same random places in every state. More take memory: 4 bytes x 2 x "
-                            "steps for each."),
+                    tooltip="Most numbers of each picture that are compared, at the same random places in every state. More take memory: 4 bytes x steps "
+                            "for each, twice that while recording."),
             ],
             outputs=[
                 TrajectorySocket.Output(display_name="trajectory", tooltip="The recorded runs, for Solve OLSS."),

@@ -21,10 +21,10 @@ def places() -> dict[str, Path]:
 
 
 def names() -> list[str]:
-    """Files in ComfyUI's output and input folders and those below, then what the pack carries."""
+    """Files in ComfyUI's output and input folders and in those right below, then what the pack carries."""
     found = []
     for words, folder in places().items():
-        files = folder.rglob(f"*{SUFFIX}") if folder.is_dir() else ()
+        files = [path for depth in ("", "*/") for path in folder.glob(f"{depth}*{SUFFIX}")]
         found += [f"{name}{words}" for name in sorted(path.relative_to(folder).as_posix() for path in files)]
     return found
 
@@ -52,7 +52,7 @@ class LoadVideoState(io.ComfyNode):
             search_aliases=["VIDEO_STATE", "VideoStateLoad", "continue video", "resume video", "extend video"],
             inputs=[
                 io.Combo.Input("file", options=names(),
-                    tooltip="A file in ComfyUI's output or input folder, or the moving digit that comes with the pack. New files appear after a refresh "
+                    tooltip="A file in ComfyUI's output or input folder or one right below it, or the moving digit that comes with the pack. New files appear after a refresh "
                             "of the node list."),
             ],
             outputs=[

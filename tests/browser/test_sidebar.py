@@ -123,3 +123,22 @@ def test_a_run_grows_and_its_end_is_told(canvas):
     tell(canvas, "run", **told("c", ["full"], ended="error", seconds=2.0, features=[]))
     canvas.page.wait_for_function("() => document.querySelector('.tessera-sidebar option').value === 'c'")
     assert side.query_selector("select").evaluate("e => e.value") == "b10"  # what was chosen stays
+
+
+def test_a_plan_tells_of_others(canvas):
+    """Its rows that are not ours, beside the runs of its workflow."""
+    rows = [{"owner": "Other Pack", "name": "Wrapper", "does": "stands around the model", "state": "acts"},
+            {"owner": "ComfyUI", "name": HOSTILE, "does": "skips", "state": "idle", "why": "no wrapper"},
+            {"owner": "Tessera", "name": "Taylor Cache", "does": "forecasts", "state": "acts"}, 7]  # fmt: skip
+    side = opened(canvas, None)
+    node = canvas.call("record", None, {"kind": "plan", "rows": rows, "conflicts": ["Two caches.", {}]})
+    canvas.queue()
+    canvas.panel(node, "tessera_report")
+    tell(canvas, "run", **told("p", ["full"], ended="finished", seconds=2.0, features=[]))
+    canvas.page.wait_for_function(ENDED.format("finished"))
+    shown = [
+        "Two caches.",
+        "Wrapper (Other Pack): stands around the model",
+        f"{HOSTILE} (ComfyUI): skips (idle: no wrapper)",
+    ]
+    assert texts(side, ".tessera-section:last-child p") == shown

@@ -13,11 +13,13 @@ import folder_paths
 import pytest
 import torch
 from nodes_helper import error, facts, run_node, taylor
+from quantized_helper import folder  # noqa: F401 - a fixture
 from safetensors.torch import load_file, save_file
 from sana_helper import NAME, model, network, sampled
 
 from tessera import archs
 from tessera.nodes.loaders.load_sana_video import LoadSanaVideo
+from tessera.nodes.loaders.quantize_model import QuantizeModel
 from tessera.patching.sana_video_load import load, models
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -85,14 +87,14 @@ def test_frames_that_a_mask_keeps_have_time_step_zero():
 
 
 @pytest.fixture
-def folder(tmp_path):
+def release(tmp_path):
     return tiny.save(NAME, tmp_path)
 
 
-def test_the_node_finds_a_release_shards_and_single_files(folder, tmp_path):
+def test_the_node_finds_a_release_shards_and_single_files(release, tmp_path):
     tiny.save(NAME, tmp_path / "sharded", max_shard_size="40KB")
-    shutil.copy(folder / WEIGHTS, tmp_path / "one.safetensors")
-    shutil.copy(folder / "config.json", tmp_path / "one.json")
+    shutil.copy(release / WEIGHTS, tmp_path / "one.safetensors")
+    shutil.copy(release / "config.json", tmp_path / "one.json")
     for kind in ("diffusers", "diffusion_models"):
         folder_paths.add_model_folder_path(kind, str(tmp_path))
     try:
@@ -118,8 +120,8 @@ def test_sizes_are_told_by_the_tensors_where_no_config_is(tmp_path):
         assert (called(x, t, text, net=net) - diffusers_own(x, t, text, made=plain)).abs().max() < 1e-5
 
 
-def changed(folder, **entries):
-    path = folder / "config.json"
+def changed(release, **entries):
+    path = release / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
 
 
@@ -138,15 +140,15 @@ def changed(folder, **entries):
         ({"mlp_ratio": 2.0}, "but its config makes it"),
     ],
 )
-def test_wrong_configs_get_a_sentence(folder, entries, words):
-    changed(folder, **entries)
+def test_wrong_configs_get_a_sentence(release, entries, words):
+    changed(release, **entries)
     with pytest.raises(ValueError, match=words.replace("(", r"\(")) as caught:
-        load(str(folder))
+        load(str(release))
     assert str(caught.value).endswith(".") and len(str(caught.value)) < 400
 
 
-def test_wrong_files_get_a_sentence(folder, tmp_path):
-    held = load_file(folder / WEIGHTS)
+def test_wrong_files_get_a_sentence(release, tmp_path):
+    held = load_file(release / WEIGHTS)
     save_file({"a": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="other.safetensors is no SANA-Video"):
         load(str(tmp_path / "other.safetensors"))
@@ -154,14 +156,14 @@ def test_wrong_files_get_a_sentence(folder, tmp_path):
     with pytest.raises(ValueError, match="heads of 112 do not divide.*narrow.json"):
         load(str(tmp_path / "narrow.safetensors"))
     held.pop("transformer_blocks.1.ff.conv_temp.weight")
-    save_file(held, folder / WEIGHTS)
+    save_file(held, release / WEIGHTS)
     with pytest.raises(ValueError, match="lacks transformer_blocks.1.ff.conv_temp.weight"):
-        load(str(folder))
-    folder_of_eps = tmp_path / NAME / "scheduler"
-    folder_of_eps.mkdir()
-    (folder_of_eps / "scheduler_config.json").write_text(json.dumps({"prediction_type": "epsilon"}))
+        load(str(release))
+    eps_folder = tmp_path / NAME / "scheduler"
+    eps_folder.mkdir()
+    (eps_folder / "scheduler_config.json").write_text(json.dumps({"prediction_type": "epsilon"}))
     with pytest.raises(ValueError, match="samples a flow"):
-        load(str(folder))
+        load(str(release))
 
 
 def test_conditioning_that_it_cannot_read_gets_a_sentence():
@@ -209,7 +211,31 @@ def test_lora_on_offloaded_layers():
     assert torch.equal(sampled(model(), euler), plain)
 
 
-def test_fp8_weights(folder):
-    euler, small = comfy.samplers.ksampler("euler"), load(str(folder), "fp8_e4m3fn")
+def test_fp8_weights(release):
+    euler, small = comfy.samplers.ksampler("euler"), load(str(release), "fp8_e4m3fn")
     assert small.model.diffusion_model.transformer_blocks[0].ff.conv_temp.weight.dtype == torch.float8_e4m3fn
     assert 1e-4 < error(sampled(small, euler), sampled(model(), euler)) < 0.3
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """Two heads of 112, so that every format's groups fit."""
+    heads = {f"{kind}_heads": 2 for kind in ("num_attention", "num_cross_attention")}
+    dims = {"attention_head_dim": 112, "cross_attention_head_dim": 112, "cross_attention_dim": 224, "num_layers": 1}
+    plain = diffusers.SanaVideoTransformer3DModel(**{**tiny.TINY[NAME].config, **heads, **dims, "mlp_ratio": 3.0})
+    place = tmp_path_factory.mktemp("wide") / "transformer"
+    plain.save_pretrained(place)
+    return load(str(place))
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("form", ["nvfp4", "int8_row", "tlq4"])
+def test_quantized_weights(wide, form):
+    """Written by Quantize Model, which knows no other loader, and back: ComfyUI alone would not know the file."""
+    euler, net = comfy.samplers.ksampler("euler"), wide.model.diffusion_model
+    with torch.inference_mode():
+        made = run_node(QuantizeModel, model=wide.clone(), format=form, filename=f"sana_{form}")[0]
+    kinds = {type(p).__name__ for p in made.model.diffusion_model.parameters()}
+    assert len(kinds) == 2 and made.model.diffusion_model.sizes == net.sizes
+    assert 1e-3 < error(sampled(made, euler), sampled(wide.clone(), euler)) < 0.5
+    assert archs.find(made.model.diffusion_model).name == "SANA-Video"

@@ -1,6 +1,7 @@
 """Plan: what is on a MODEL, whoever put it there, is told before a run, in the order in which it then acts."""
 
 import json
+from dataclasses import replace
 
 import comfy.context_windows as context_windows
 import comfy_extras.nodes_context_windows as windows
@@ -14,6 +15,7 @@ from nodes_helper import Job, facts, model_of, run_node, taylor
 from quantized_helper import LAYER, folder, lora, quantized, with_lora  # noqa: F401 - a fixture
 from tiny_models import empty_latent
 
+from tessera import archs
 from tessera.nodes.attention.local_window_attention import LocalWindowAttention
 from tessera.nodes.attention.window_attention_3d import WindowAttention3d
 from tessera.nodes.cache.dynamic_tokens import DynamicTokens
@@ -52,7 +54,7 @@ def test_two_attentions_and_a_cache_in_their_order_with_blocks_and_noise():
     assert names(report) == ["Taylor Cache", "Newer", "Local Window Attention"]
     cache, newer, older = report["rows"]
     assert (cache["stage"], cache["blocks"], cache["node"]) == ("blocks", "0-3", "7")
-    assert "one of 3 is computed" in cache["does"] and "first 2" in cache["does"]
+    assert "one of 3 is computed" in cache["does"] and "first 2 and the last 1 evaluations" in cache["does"]
     assert (newer["blocks"], older["blocks"], older["of"]) == ("1,3", "0-2", 4)
     sampling = both.get_model_object("model_sampling")
     assert older["percent"] == [0.0, 0.5] and older["sigma"][1] == pytest.approx(float(sampling.percent_to_sigma(0.5)))
@@ -86,9 +88,17 @@ def test_an_inactive_node_and_one_whose_settings_are_off():
     (row,) = [r for r in report["rows"] if r["name"] == "Dynamic Tokens"]
     assert row["state"] == "inactive" and row["why"] and report["declined"][0].endswith(row["why"])
     assert "[inactive: " in "\n".join(report["lines"])
+    assert not report["limits"]
     off = planned(taylor(model, interval=1))
     assert [r["state"] for r in off["rows"] if r["name"] == "Taylor Cache"] == ["off"]
     assert "without effect" in off["headline"]
+
+
+def test_limits_of_an_architecture_are_told(monkeypatch):
+    model, _ = model_of("flux")
+    limited = replace(archs.find(model.model.diffusion_model), limits={"attention": "its attention is linear."})
+    monkeypatch.setattr(archs, "find", lambda network: limited)
+    assert planned(model)["lines"][2] == "Here nodes on attention cannot act: its attention is linear."
 
 
 def test_lora_and_an_object_patch():
@@ -130,7 +140,8 @@ def test_compile_context_windows_and_core_cache_beside_ours():
     assert compiled["stage"] == "call" and "backend eager" in compiled["does"] and compiled["owner"] == "ComfyUI"
     (cut,) = [r for r in report["rows"] if r["name"] == "Context windows"]
     assert "length 4, overlap 1" in cut["does"]
-    assert len([n for n in names(report) if n == "EasyCache"]) == 1
+    (easy,) = [r for r in report["rows"] if r["name"] == "EasyCache"]
+    assert easy["does"].endswith("reuse threshold 0.2, start percent 0.15, end percent 0.95")
     assert len(report["refused"]) == 1 and "EasyCache or LazyCache are on the same MODEL" in report["refused"][0]
     assert any("torch.compile beside core's EasyCache" in s for s in report["conflicts"])
     assert report["lines"].index("Refused: a run on this MODEL stops at its start:") > 0
@@ -207,3 +218,7 @@ def test_every_feature_says_what_it_will_do():
     made = run_node(WindowAttention3d, model=video, min_tokens=0)[0]
     rows = planned(run_node(DynamicTokens, model=made)[0])["rows"]
     assert len(rows) >= 2 and all(len(r["does"]) > 10 for r in rows)
+    late = window(video, min_tokens=4096, dense_first_steps=2, scope="self")
+    assert planned(late)["rows"][0]["does"].endswith(
+        "from 4,096 image tokens on; dense in the first 2 steps; self attention only"
+    )

@@ -112,6 +112,12 @@ def test_the_bottleneck(flops, times, intensity, offloaded, want):
     assert found == want and len(why) > 20
 
 
+def test_text_and_vae_are_the_bottleneck_where_they_take_longer_than_sampling():
+    flops = {"attention": 0.6, "linear": 0.4}
+    assert rules.bottleneck(rules.Measured(flops, flops, 500.0, "cuda", around=0.5))[0] == "outside"
+    assert rules.bottleneck(rules.Measured(flops, flops, 500.0, "cuda", around=0.3))[0] == "attention"
+
+
 def test_bars():
     picture = bars(
         ["title"], [("time", [("attention", 0.5, "50 %"), ("linear", 0.0, "0 %")])], [("blocks", [0.0, 1.0])]

@@ -20,37 +20,39 @@ import folder_paths  # isort: skip
 from tessera import archs
 from tessera.nodes.attention.local_window_attention import LocalWindowAttention
 from tessera.patching import profile as m
+from tessera.patching.profile_shapes import ShapeMeter
 
 
 @pytest.mark.parametrize("name", ["flux", "wan_meta", "sd3", "ernie"])
 def test_time_adds_up_and_nothing_is_changed(name, monkeypatch):
     model, spec = model_of(name)
-    job, ends, kept = job_of(model, spec), [], m.until
-    want = Job(spec, steps=4)(model)
-    before = hooks_of(model)
+    want, before, errors = Job(spec, steps=4)(model), hooks_of(model), []
+    kept, step = m.until, m.Progress.step
+    for _ in range(3):  # a machine that stops between two clocks is no fault of either
+        ends, clock = [], []
 
-    def until(*args):
-        found = kept(*args)
-        ends.append(found)
-        return found
+        def until(*args, ends=ends):
+            ends.append(kept(*args))
+            return ends[-1]
 
-    step = m.Progress.step
-    clock = []
+        def stamped(self, clock=clock):
+            clock.append(time.perf_counter())
+            step(self)
 
-    def stamped(self):
-        clock.append(time.perf_counter())
-        step(self)
-
-    monkeypatch.setattr(m, "until", until)
-    monkeypatch.setattr(m.Progress, "step", stamped)
-    found = m.measure(model, job, m.Asked("events", 0))
-    assert all(torch.equal(outcome.samples, want) for outcome in ends[-2:])  # without hooks, and with them
-    told = sum(cell.seconds for cell in found.run.cells.values())
-    outside = clock[-1] - clock[-4]  # the last three of the four steps, by a clock that knows no meter
-    inside = sum(c.seconds for (s, _, _), c in found.run.cells.items() if s > 0)
-    assert inside == pytest.approx(outside, rel=0.02)
-    assert told == pytest.approx(sum(found.run.seconds), rel=0.02)
-    assert hooks_of(model) == before and not found.run.handles
+        with monkeypatch.context() as patch:
+            patch.setattr(m, "until", until)
+            patch.setattr(m.Progress, "step", stamped)
+            found = m.measure(model, job_of(model, spec), m.Asked("events", 0))
+        assert all(torch.equal(outcome.samples, want) for outcome in ends[-2:])  # without hooks, and with them
+        assert hooks_of(model) == before and not found.run.handles
+        inside = sum(c.seconds for (s, _, _), c in found.run.cells.items() if s > 0)
+        outside = clock[-1] - clock[-4]  # the last three of the four steps, by a clock that knows no meter
+        errors.append(abs(inside / outside - 1))
+        told = sum(cell.seconds for cell in found.run.cells.values())
+        assert told == pytest.approx(sum(found.run.seconds), rel=0.02)
+        if errors[-1] <= 0.02:
+            break
+    assert min(errors) <= 0.02, errors
     assert torch.equal(Job(spec, steps=4)(model), want)
 
 
@@ -117,6 +119,8 @@ def test_sparse_attention_is_seen_through_our_dispatcher_and_theirs_is_not_lost(
     found = m.measure(cut, job_of(cut, spec), m.Asked("events", 0))
     assert torch.equal(found.outcome.samples, want)
     assert found.run.lengths[120, 120] == 3 * 4 and found.run.lengths[120, 12] == 3 * 4
+    notes = profiled(cut, spec)["notes"]
+    assert any(n.startswith("Local Window Attention computed") and "FLOPs here count them all" in n for n in notes)
 
 
 class Halt(Exception):
@@ -146,6 +150,19 @@ def test_hooks_are_gone_after_an_interrupt_or_an_error(mode, error, monkeypatch,
     assert torch.equal(Job(spec, steps=4)(model), want)
 
 
+def test_an_interrupt_while_shapes_are_counted_is_not_taken_for_a_network_that_needs_values(monkeypatch):
+    model, spec = model_of("flux")
+
+    def pressed(*args):
+        raise comfy.model_management.InterruptProcessingException
+
+    monkeypatch.setattr(ShapeMeter, "answer", pressed)
+    before = hooks_of(model)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        profiled(model, spec, mode="analytic")
+    assert hooks_of(model) == before
+
+
 def test_a_compiled_model_is_refused_in_one_mode_and_counted_in_another():
     model, spec = model_of("flux")
     model = model.clone()
@@ -153,6 +170,12 @@ def test_a_compiled_model_is_refused_in_one_mode_and_counted_in_another():
     assert WrappersMP.APPLY_MODEL in model.wrappers
     with pytest.raises(ValueError, match="torch.compile has made one piece of.*mode to trace or analytic"):
         profiled(model, spec)
+    part = model_of("flux")[0]
+    part.add_object_patch(
+        "diffusion_model.img_in", torch.compile(part.get_model_object("diffusion_model.img_in"), backend="eager")
+    )
+    with pytest.raises(ValueError, match="torch.compile has made one piece of"):
+        profiled(part, spec)
     assert profiled(model, spec, mode="analytic")["step_flops"] > 0
 
 

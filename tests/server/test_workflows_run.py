@@ -32,6 +32,7 @@ NEEDING = {  # templates on official weights: width of the stand-in's conditioni
     "apply_relactrl": (4096, 0, {"Apply RelaCtrl": "22 control blocks in 2 model calls, fixed permutation"}),
     "control_relevance": (96, 64, {"Control Relevance": "matters most of 3 residuals"}),
     "select_control_layers": (96, 64, {"Control Relevance": "matters most of 3 residuals"}),
+    "ltx_denoising_decode": (48, 0, {}),
     "class_label": (0, 0, {"Taylor Cache": "forecast 1 of 2 evaluations"}),
 }  # fmt: skip
 ENCODERS = ("CLIPLoader", "DualCLIPLoader", "TesseraLlmPromptOptions")
@@ -90,9 +91,11 @@ def on_stand_ins(graph, width, pooled):
     small = {"width": 64, "height": 64 if square else 96, "min_tokens": 0, "radius": 3, "warmup": 0, "tail_full": 0}
     if any(node["class_type"] == "TesseraApplyRelactrl" for node in graph.values()):
         small |= {"width": 512, "height": 32}  # PixArt divides by zero where the mean of both is smaller
+    masked = any(node["class_type"] == "LTXVConditioning" for node in graph.values())
+    text = {"width": width, "pooled": pooled, "masked": masked}
     for seed, (key, node) in enumerate(graph.items()):
         if node["class_type"] == "CLIPTextEncode":
-            graph[key] = {"class_type": "StandInText", "inputs": {"width": width, "pooled": pooled, "seed": seed}}
+            graph[key] = {"class_type": "StandInText", "inputs": {**text, "seed": seed}}
         node["inputs"] |= {name: value for name, value in small.items() if name in node["inputs"]}
     return quick({key: node for key, node in graph.items() if node["class_type"] not in ENCODERS})
 

@@ -9,10 +9,12 @@ import pytest
 import torch
 from nodes_helper import error, facts, model_of, run_node, taylor
 from sana_helper import NAME, empty, model, sampled
+from video_state_helper import own_folders, saved
 
 from tessera.methods.video import blocks as plan
 from tessera.networks.sana_layers import CHUNK
 from tessera.nodes.video.block_linear_video_sampler import BlockLinearVideoSampler
+from tessera.nodes.video.load_video_state import LoadVideoState
 from tessera.patching import block_stop
 from tessera.patching.block_memory import CURRENT, Block
 from tessera.patching.block_sampler import renoising
@@ -93,7 +95,7 @@ def test_a_clip_that_is_stopped_and_continued_has_the_same_bits(window, frames):
     whole, _, _ = clip(frames, batch=2, cfg=2.0, **settings)
 
     def stop(step, x0, x, total):
-        if step == 3:  # in the second chunk
+        if step == 2:  # in the second chunk
             block_stop.stop()
 
     first, state, _ = clip(frames, batch=2, cfg=2.0, callback=stop, keep_state=True, **settings)
@@ -192,3 +194,13 @@ def test_another_run_s_state_gets_a_sentence():
         clip(8, state=state, num_cached_blocks=2)
     with pytest.raises(ValueError, match="kept of the finished frames for negative 1"):
         clip(8, state=state, cfg=2.0)
+
+
+@pytest.mark.parametrize("window", [-1, 1])
+def test_a_saved_clip_goes_on_bit_for_bit(tmp_path, monkeypatch, window):
+    own_folders(tmp_path, monkeypatch)
+    settings = {"num_cached_blocks": window, "state_dtype": "bf16"}
+    stop = lambda step, x0, x, total: block_stop.stop() if step == 2 else None  # noqa: E731
+    _, state, _ = clip(8, cfg=2.0, callback=stop, keep_state=True, **settings)
+    loaded = run_node(LoadVideoState, file=f"{saved(state)} [output]").args[0]
+    assert torch.equal(clip(8, cfg=2.0, state=loaded, **settings)[0], clip(8, cfg=2.0, **settings)[0])

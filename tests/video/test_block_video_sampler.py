@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from comfy.model_management import InterruptProcessingException  # isort: skip
 
 from tessera.nodes.attention.local_window_attention import LocalWindowAttention
 from tessera.nodes.control.tiled_latents import TiledLatents
+from tessera.patching.block_features import feature_of
+from tessera.patching.block_memory import Block
 from tessera.patching.run import Run
 
 
@@ -209,3 +212,36 @@ def test_other_families_in_one_block():
     patched, sampler, _ = node(model)
     cut = sampled(patched, spec, sampler, cfg=3.0)
     assert facts(patched, "Block Video Sampler")["frames_kept"] == 2 and error(cut[:, :, 2:], want[:, :, 2:]) > 1e-3
+
+
+def test_a_model_with_frame_times_of_its_own_keeps_them():
+    """Wan 2.2 TI2V tells a time step for each frame where a mask is connected."""
+    feature = feature_of("frames", None, 2, 1, 0, "model dtype", "device")
+    block = Block(1, 4, 6, 6, [0, 4, 6], prefix=[2, 3])
+    for told in (torch.tensor([700.0, 700.0]), torch.tensor([[700.0, 700.0, 0.0, 700.0]] * 2)):
+        forward = SimpleNamespace(options={"tessera_block": block}, inputs={"timestep": told})
+        got = feature.other_inputs(None, forward)["timestep"]
+        last = [[700.0, 700.0], [0.0, 700.0]][told.ndim - 1]
+        assert got.tolist() == [[0.0, 0.0, *last]] * 2
+    assert feature.other_inputs(None, SimpleNamespace(options={}, inputs={"timestep": told})) == {}
+
+
+def test_noise_in_the_context_is_seeded(pair):
+    run = {"frames": 6}
+    clean, noisy, again = (made(*pair[1:], context_noise=level, run=run) for level in (0.0, 0.4, 0.4))
+    assert torch.equal(noisy, again) and torch.equal(noisy[:, :, :2], clean[:, :, :2])
+    assert error(noisy[:, :, 2:], clean[:, :, 2:]) > 1e-3
+
+
+def test_further_prompts_of_the_node(pair):
+    other, spec = [[torch.randn_like(conds(pair[2])[0][0][0]), {}]], pair[2]
+    plain = made(*pair[1:], run={"frames": 6})
+    changed = made(*pair[1:], prompt_2=other, prompt_blocks="2", run={"frames": 6})
+    assert torch.equal(plain[:, :, :4], changed[:, :, :4]) and error(changed[:, :, 4:], plain[:, :, 4:]) > 1e-3
+    same = made(*pair[1:], prompt_2=conds(spec)[0], prompt_blocks="1", run={"frames": 6, "cfg": 3.0})
+    assert torch.equal(same, made(*pair[1:], run={"frames": 6, "cfg": 3.0}))  # its keys are those of the first prompt
+    for blocks, sentence in (("one", "not numbers"), ("", "names 0 blocks for 1"), ("0", "must rise from 1")):
+        with pytest.raises(ValueError, match=sentence):
+            node(pair[1], prompt_2=other, prompt_blocks=blocks)
+    with pytest.raises(ValueError, match="must rise from 1"):
+        node(pair[1], prompt_2=other, prompt_3=other, prompt_blocks="2, 2")
