@@ -114,7 +114,7 @@ def seeded(job: Job, number: int) -> Job:
     noise = job.noise
     if number:
         noise = copy.copy(noise)
-        noise.seed = noise.seed + number
+        noise.seed = (noise.seed + number) % (1 << 64)
     return dataclasses.replace(job, noise=noise)
 
 
