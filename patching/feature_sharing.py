@@ -114,8 +114,9 @@ class RecordFeature(SharingFeature):
 
 @dataclass
 class Shared:
-    """What one run put back."""
+    """What one run put back. first: its first step among those of the bank's schedule."""
 
+    first: int = 0
     calls: int = 0
     steps: set[int] = field(default_factory=set)
 
@@ -131,14 +132,16 @@ class EditFeature(SharingFeature):
     prompts: str = "both"
 
     def begin(self, run: Run) -> Shared:
+        """A run may also be a part of the schedule: two samplers in turn share what one would."""
         n, mine, its = self.inject_steps, run.clock.sigmas, self.bank.sigmas
-        same = len(mine) > n and all(abs(a - b) <= 1e-4 for a, b in zip(mine[: n + 1], its[: n + 1], strict=True))
+        first = next((i for i, sigma in enumerate(its[:-1]) if mine and abs(sigma - mine[0]) <= 1e-4), -1)
+        same = first >= 0 and all(abs(a - b) <= 1e-4 for a, b in zip(mine, its[first : n + 1], strict=False))
         if self.shares and not same:
             raise ValueError(
                 f"RF Edit shares features sigma by sigma, and this run's schedule {_told(mine, n)} is not that of RF Invert, "
                 f"{_told(its, n)}. Give both the same sigmas."
             )
-        return Shared()
+        return Shared(first)
 
     @property
     def shares(self) -> bool:
@@ -147,7 +150,7 @@ class EditFeature(SharingFeature):
     def around_keys(self, state: Shared, forward: Forward, q, k, v, mask):
         nth = forward.calls.get(forward.block.number, 0)
         what = self.bank.what
-        found = self._found(forward, forward.block, nth, v) if what != "attn_out" else None
+        found = self._found(state, forward, forward.block, nth, v) if what != "attn_out" else None
         if found is None:
             return None
         names = {"v": ("v",), "k": ("k",), "kv": ("k", "v")}[what]
@@ -159,7 +162,7 @@ class EditFeature(SharingFeature):
         return given["k"], given["v"], mask
 
     def around_call(self, state: Shared, forward: Forward, block: BlockPosition, nth: int, q, proceed):
-        found = self._found(forward, block, nth, q) if self.bank.what == "attn_out" else None
+        found = self._found(state, forward, block, nth, q) if self.bank.what == "attn_out" else None
         out = proceed()
         if found is None:
             return out
@@ -167,8 +170,8 @@ class EditFeature(SharingFeature):
         state.steps.add(forward.run.clock.step)
         return self._mixed(forward, out, found[0], 1 if out.ndim == 3 else 2)
 
-    def _found(self, forward: Forward, block: BlockPosition, nth: int, like: torch.Tensor):
-        if not self.shares or forward.run.clock.step >= self.inject_steps or not self.means(block, nth):
+    def _found(self, state: Shared, forward: Forward, block: BlockPosition, nth: int, like: torch.Tensor):
+        if not self.shares or state.first + forward.run.clock.step >= self.inject_steps or not self.means(block, nth):
             return None
         return self.bank.find((block.number, nth), forward.run.clock.sigma, like)
 

@@ -129,6 +129,7 @@ def _shown(model, latent, mask, scale: float) -> Shown | None:
         kept = model.scale_latent_inpaint(
             x=x, sigma=x.new_full((x.shape[0],), sigma), noise=noise / scale, latent_image=latent
         )
-        return x * mask + kept * (1 - mask)
+        noised = (1 - sigma) * latent + sigma * noise
+        return x + (kept - noised) * (1 - mask)  # under a soft mask the edit so far stays as it is
 
     return shown

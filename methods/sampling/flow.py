@@ -79,7 +79,7 @@ def velocity(denoise: Callable[[torch.Tensor, float], torch.Tensor], floor: floa
 
     def field(x: torch.Tensor, sigma: float) -> torch.Tensor:
         at = max(sigma, floor)
-        return (x - denoise(x, at)) / at
+        return (x - denoise(x, at)) / x.new_full((), at)  # CUDA divides by a number as a product with its inverse
 
     return field
 

@@ -48,7 +48,7 @@ def seed_of(seed: int, block: int) -> int:
 
 def noise_like(x: torch.Tensor, seed: int, block: int, step: int) -> torch.Tensor:
     """The fresh noise of a step, drawn where x lies, as ComfyUI's ar_video sampler draws it."""
-    generator = torch.Generator(x.device).manual_seed(seed_of(seed, block) + step)
+    generator = torch.Generator(x.device).manual_seed((seed_of(seed, block) + step) % (1 << 64))
     return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
 
 

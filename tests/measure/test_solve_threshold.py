@@ -197,3 +197,8 @@ def test_what_is_refused(output):
     with pytest.raises(ValueError, match="without a folder"):
         solve(model, spec, taylor(model), name="../x")
     assert not (output / "tessera_profiles").exists()
+
+
+def test_seeds_beyond_the_largest_begin_anew():
+    job = m.Job(None, None, {}, None, torch.zeros(2), types.SimpleNamespace(seed=2**64 - 1), 1.0)
+    assert [m.seeded(job, number).noise.seed for number in range(3)] == [2**64 - 1, 0, 1]

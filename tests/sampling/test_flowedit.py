@@ -203,6 +203,23 @@ def test_the_exact_edit_between_two_gaussians():
     assert (edit.z - (x + 3.0)).abs().max() < 0.02
 
 
+def test_a_soft_mask_weakens_the_edit_and_not_what_the_model_sees():
+    model, spec = model_of("flux")
+    settings = {"noise": Given(), "fresh_noise": False, "cfg_source": 1.0, "cfg_target": 1.0}
+    seen, spied = [], model.clone()
+
+    def spy(apply, given):
+        seen.append(given["input"].clone())
+        return apply(given["input"], given["timestep"], **given["c"])
+
+    spied.set_model_unet_function_wrapper(spy)
+    edited(spied, spec, schedule(2, 0.8), mask=torch.full((1, 1, *spec.latent[2:]), 0.5), **settings)
+    moved = seen[3] - seen[2]  # z - x after the first step
+    seen.clear()
+    edited(spied, spec, schedule(2, 0.8), **settings)
+    assert error(moved, (seen[3] - seen[2]) / 2) < 1e-5
+
+
 def test_given_frames_are_shown_as_core_shows_them():
     """LTX is told that they are clean: there the pairs hold the source itself, and not its noised form."""
     model, spec = model_of("ltxv_meta")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from comfy_extras.nodes_custom_sampler import Noise_EmptyNoise
 from flow_helper import digits, guider_of, run, sample, schedule, word
 from nodes_helper import conds, error, facts, model_of, run_node, taylor
 
@@ -154,6 +155,20 @@ def test_other_schedules_are_refused():
     noise, bank = record(model, spec)
     with pytest.raises(ValueError, match="Give both the same sigmas"):
         sampled(edit(model, bank), spec, noise, sigmas=schedule(STEPS, 0.6))
+
+
+@pytest.mark.parametrize("cut", [1, 3])
+def test_two_samplers_in_turn_share_what_one_would(cut):
+    model, spec = model_of("flux")
+    noise, bank = record(model, spec)
+    edited = edit(model, bank)
+    want = sampled(edited, spec, noise)
+    guider, solver = guider_of(edited, *conds(spec, 5), 3.0), run_node(RfSolverSampler)[0]
+    half = sample(guider, solver, SIGMAS[: cut + 1], source(spec), noise=noise)
+    out = sample(guider, solver, SIGMAS[cut:], half, noise=Noise_EmptyNoise())
+    assert facts(edited, "RF Edit")["steps"] == max(0, 2 - cut) and error(out, want) < 1e-5
+    with pytest.raises(ValueError, match="Give both the same sigmas"):
+        sample(guider, solver, torch.tensor([0.375, 0.2, 0.0]), half)
 
 
 def test_other_sizes_and_prompts_of_other_lengths_are_refused():

@@ -43,3 +43,8 @@ def test_fresh_noise_is_that_of_cores_sampler():
     want = (1 - 0.3) * x0 + 0.3 * torch.randn_like(x0)
     assert torch.equal(m.renoise(x0, 0.3, 7, 2, 1), want)
     assert torch.equal(m.renoise(x0, 0.0, 7, 2, 1), x0)
+
+
+def test_the_largest_seed_has_noise_too():
+    noise = m.noise_like(torch.zeros(1, 2, 3, 4, 5), 2**64 - 1, 2, 1)
+    assert torch.equal(noise, m.noise_like(torch.zeros(1, 2, 3, 4, 5), 0, 2, 0))
