@@ -94,7 +94,7 @@ class Arch:
         None  # where a video's frames lie is
     )
     #   moved by rope_options' shift_t: (diffusion model, shape of its x) -> scales t, y, x that it has without rope_options
-    frame_times: bool = False  # takes time steps [B, T], one a frame
+    frame_times: tuple[str, ...] = ()  # classes that take time steps [B, T], one a frame
     post_input: bool = False  # hands its positions (index, h, w, ...) to post_input patches as img_ids [B, N, A], the
     #   image's first
     text_after: bool = False  # text has positions on all axes, from half the picture's longer side on

@@ -69,7 +69,8 @@ def rescaled(model, grid):
 
 
 TEA: dict[str, Any] = {"modulated": modulated, "rescaled": rescaled}
-BLOCKWISE: dict[str, Any] = {"shifts_time": lambda model, shape: (1.0, 1.0, 1.0), "frame_times": True}
+BLOCKWISE: dict[str, Any] = {"shifts_time": lambda model, shape: (1.0, 1.0, 1.0)}
+BLOCKWISE["frame_times"] = ("WanModel", "CausalWanModel")  # core's VACE and camera classes take one for all frames
 ROPE: dict[str, Any] = {"rope": "rope_embedder", "rope_options": True, "mlps": {"blocks": ("ffn",)}}
 IMAGE = "cross"  # models with an image encoder attend to its tokens before those of the text
 VACE = Blocks("vace_blocks", ("c",), calls=("self", "cross"), positions=(0,), stack=False)

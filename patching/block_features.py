@@ -89,7 +89,7 @@ class KeyBlocks(VideoBlocks, PastFeature):
         memory = KeyMemory(self.name, self.window, self.sink, self.stored, "cpu" if self.keep_on == "cpu" else None)
         if run.arch is not None:
             network = run.model.diffusion_model
-            memory.sizes = len(positions(run.arch, network)), heads_of(network)[0]
+            memory.sizes = len(positions(run.arch, network)), *heads_of(network)
         return memory
 
     def prepare(self, run: Run, noise_shape: tuple[int, ...]) -> None:
@@ -148,10 +148,10 @@ class FrameBlocks(VideoBlocks, NetworkFeature):
     """Memory "frames"."""
 
     def check_arch(self, arch, class_name: str) -> None:
-        if arch is None or not arch.frame_times:
+        if arch is None or class_name not in arch.frame_times:
             raise ValueError(
-                f"{self.name} with memory frames gives each frame its own time step, which {arch.name if arch else class_name} does "
-                "not take. Use it with a Wan model."
+                f"{self.name} with memory frames gives each frame its own time step, which {class_name} does not take. Use it with "
+                "Wan 2.1 or 2.2 without VACE or camera."
             )
 
     def begin(self, run: Run) -> FrameMemory:

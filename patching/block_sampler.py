@@ -176,6 +176,9 @@ class _Loop:
             if self.memory.commits and not (ends and self.sampler.keep is None):
                 self._commit(block)
             self.memory.finished(block)
+            if watched.asked and not ends:  # asked for in that evaluation: no further block is begun
+                ends = True
+                self._tell(block, len(blocks) - begun, number - begun, ends)
             if ends:
                 break
         if self.sampler.keep is not None:

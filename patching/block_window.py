@@ -16,6 +16,8 @@ WHOLE = (
     "y",
     "guidance",
     "clip_fea",
+    "reference_latent",
+    "time_dim_concat",
 )  # never cut, however many numbers they have
 
 
@@ -53,18 +55,45 @@ class BlockWindow(IndexListContextHandler):
             for number, cond in enumerate(given or ()):
                 block.slots[role, cond.get("uuid")] = (role, number)
         x = x_in if self.clean is None else torch.cat([self.clean.to(x_in), x_in], FRAMES)
-        cut = [None if given is None else self._cut_once(given, window) for given in chosen]
+        cut = [None if given is None else self._cut_once(given, window, x.device) for given in chosen]
         out = calc_cond_batch(model, cut, x, timestep, model_options)
         return [part[:, :, len(block.prefix) :] for part in out]
 
     def _chosen(self, given: list[dict] | None) -> list[dict] | None:
         return self.prompts[1] if self.prompts is not None and given is self.prompts[0] else given
 
-    def _cut_once(self, given: list[dict], window: IndexListContextWindow) -> list[dict]:
+    def _cut_once(self, given: list[dict], window: IndexListContextWindow, device) -> list[dict]:
         """Conditions are the same lists all through a block."""
         if id(given) not in self._cut:
-            self._cut[id(given)] = given, self.get_resized_cond(given, self.whole, window)
+            cut = self.get_resized_cond(given, self.whole, window)
+            placed = [self._placed(part, whole, window, device) for part, whole in zip(cut, given, strict=True)]
+            self._cut[id(given)] = given, [part for part in placed if part is not None]
         return self._cut[id(given)][1]
+
+    def _placed(self, cut: dict, whole: dict, window: IndexListContextWindow, device) -> dict | None:
+        """Cuts what core's rules leave or cut along another side: a mask of the frames, Kandinsky 5's start frames, an area
+        in time. None where the area has no frame of the block."""
+        frames, total = window.index_list, window.total_frames
+        mask, start = whole.get("mask"), whole.get("model_conds", {}).get("time_dim_replace")
+        if mask is not None:  # [B, T or 1, H, W]
+            cut["mask"] = window.get_tensor(mask, dim=1) if mask.ndim == 4 and mask.shape[1] == total else mask
+        if start is not None:
+            own = [frame for frame in frames if frame < start.cond.shape[FRAMES]]
+            if own:
+                cut["model_conds"]["time_dim_replace"] = start._copy_with(start.cond[:, :, own])
+            else:
+                del cut["model_conds"]["time_dim_replace"]
+        area = whole.get("area", ())
+        if len(area) != 6 or len(frames) == total:  # (t, y, x) of its size, then of its corner
+            return cut
+        inside = [area[3] <= frame < area[3] + area[0] for frame in frames]
+        if not any(inside):
+            return None
+        cut["area"] = (len(frames), *area[1:3], 0, *area[4:])
+        if not all(inside):  # the network is given whole blocks
+            shown = torch.tensor(inside, device=device).float()[None, :, None, None]
+            cut["mask"] = shown.expand(1, -1, *self.whole.shape[3:]) * cut.get("mask", 1.0)
+        return cut
 
 
 def _uncut(name: str, value: Any, window, x_in, device, given):

@@ -34,7 +34,9 @@ class KeyMemory(BlockMemory):
         self.chunks: dict[int, Chunk] = {}  # by number of the block
         self.rope: dict[str, Any] | None = None
         self.scales = (1.0, 1.0, 1.0)  # the model's own of positions t, y, x, which rope_options take the place of
-        self.sizes: tuple[int, int] | None = None  # transformer blocks and heads of the model, where they are known
+        self.sizes: tuple[int, int, int] | None = (
+            None  # transformer blocks, heads and their width, where they are known
+        )
         self.most = 0  # bytes held, at most
         self.tokens = 0  # of a frame
 
@@ -67,8 +69,8 @@ class KeyMemory(BlockMemory):
         for slot, part in zip(rows, parts, strict=True):
             held = [self._found(chunk, slot, place) for chunk in past]
             joined.append(
-                [torch.cat([*(pair[i].to(k.device).tensor() for pair in held), part[i]], 2) for i in range(2)]
-            )
+                [torch.cat([*(pair[i].to(k.device).tensor().to(k) for pair in held), part[i]], 2) for i in range(2)]
+            )  # a state may be of another precision
         return torch.cat([part[0] for part in joined]), torch.cat([part[1] for part in joined])
 
     def _store(self, forward, block: Block, place: Place, rows: dict[Slot, tuple[torch.Tensor, torch.Tensor]]) -> None:
@@ -146,33 +148,45 @@ class KeyMemory(BlockMemory):
                 )
         try:
             self._take(tensors, facts, self.device or device)
-        except (KeyError, ValueError, AttributeError, TypeError) as error:
+        except (KeyError, ValueError, AttributeError, TypeError, IndexError) as error:
             raise ValueError(f"{self.name}: the video state's keys are not whole. Save it again.") from error
-        found = {
-            (block, pair[0].data.shape[1])
-            for chunk in self.chunks.values()
-            for (_, (block, _)), pair in chunk.pairs.items()
-        }
-        stack, heads = len({block for block, _ in found}), sorted({heads for _, heads in found})
-        if self.sizes is not None and found and (stack, heads) != (self.sizes[0], [self.sizes[1]]):
+        places = {(place[0], pair[0].data.shape) for c in self.chunks.values() for (_, place), pair in c.pairs.items()}
+        _, heads, _, width = next(iter(places))[1]
+        found = len({block for block, _ in places}), heads, width
+        if self.sizes is not None and found != self.sizes:
             raise ValueError(
-                f"{self.name}: the video state holds keys of {stack} transformer blocks with {heads} heads, and this model has "
-                f"{self.sizes[0]} with {self.sizes[1]}. Load the model that it was made with."
+                f"{self.name}: the video state holds keys of {found[0]} transformer blocks with {heads} heads {width} wide, and this "
+                f"model has {self.sizes[0]} with {self.sizes[1]} {self.sizes[2]} wide. Load the model that it was made with."
             )
 
     def _take(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any], device: torch.device | str) -> None:
-        self.tokens, dtype = int(facts["tokens"]), getattr(torch, facts["dtype"] or "float32")
+        """Any of these errors where the state is not what `state` made."""
+        self.tokens, dtype = int(facts["tokens"]), getattr(torch, facts["dtype"])
         self.chunks = {int(number): Chunk(int(frames)) for number, frames in facts["frames"].items()}
-        for name in tensors:
+        left = set(tensors)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(facts["dtype"])
+        for name in sorted(tensors):
             number, *key = name.split(".")
-            if key[-1] != "k":
+            if key[4:] != ["k"]:
                 continue
             role, nth, block, call = map(int, key[:4])
             chunk, pair = self.chunks[int(number)], []
             for what in "kv":
                 at = name[:-1] + what
                 held = Held(tensors[at], tensors.get(f"{at}.scale"), dtype)
-                if held.data.ndim != 4 or held.data.shape[2] != chunk.frames * self.tokens:
+                if not held.made_by(STORED[self.stored]) or held.data.shape[2] != chunk.frames * self.tokens:
                     raise ValueError(f"{at} {[*held.data.shape]}")
+                left -= {at, f"{at}.scale"}
                 pair.append(held.to(device))
             chunk.pairs[(role, nth), (block, call)] = pair[0], pair[1]
+        self._check(left)
+
+    def _check(self, left: set[str]) -> None:
+        """ValueError where a prompt of a chunk lacks what another has, or names are left."""
+        parts, shapes = [], set()
+        for chunk in self.chunks.values():
+            parts += [{p for s, p in chunk.pairs if s == slot} for slot in {s for s, _ in chunk.pairs}] or [set()]
+            shapes |= {(*x.data.shape[:2], x.data.shape[3]) for pair in chunk.pairs.values() for x in pair}
+        if left or len(shapes) != 1 or any(part != parts[0] for part in parts):
+            raise ValueError(f"{sorted(left)[:1]} {sorted(shapes)}")

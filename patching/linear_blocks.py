@@ -37,7 +37,9 @@ class LinearBlocks(VideoBlocks):
 
     def begin(self, run: Run) -> LinearMemory:
         model, positions = run.model.diffusion_model, dict(run.options.get("rope_options") or {})
-        return LinearMemory(self.name, len(model.transformer_blocks), self.window, self.state_dtype, positions)
+        memory = LinearMemory(self.name, len(model.transformer_blocks), self.window, self.state_dtype, positions)
+        memory.sizes = model.sizes
+        return memory
 
     def held_bytes(self, run: Run, noise_shape: tuple[int, ...], conds: dict[str, Any]) -> int:
         if len(noise_shape) != 5:

@@ -9,7 +9,7 @@ import torch
 from ..kernels.conv.temporal_conv import next_cache
 from ..kernels.linear.block_causal import block_causal
 from ..kernels.linear.linear_attention import linear_attention
-from ..networks.sana_layers import CHUNK, EPS
+from ..networks.sana_layers import CHUNK, EPS, Sizes
 from .block_memory import CURRENT, Block, BlockMemory, Slot
 
 STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -24,6 +24,7 @@ class LinearMemory(BlockMemory):
     def __init__(self, node: str, layers: int, window: int, dtype: str, positions: dict[str, Any]):
         self.node, self.layers, self.window, self.dtype = node, layers, window, STATE_DTYPES[dtype]
         self.positions = positions
+        self.sizes: Sizes | None = None  # the model's, where they are known
         self.frames = self.most = 0  # finished frames that it stands for; bytes held at most
         self.sums: dict[Key, torch.Tensor] = {}  # [R, B, H, W], R = 1 or the ring: chunk c at c % R
         self.last: dict[Key, torch.Tensor] = {}  # frame [B, S, C]
@@ -141,11 +142,34 @@ class LinearMemory(BlockMemory):
                     f"{self.node} got a video state with {name} {facts.get(name)}, and here it is {own}. Set it as it was when the "
                     "clip was begun."
                 )
+        try:
+            self._take(tensors, device)
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{self.node}: the video state's sums are not whole. Save it again.") from error
+        sums, frame = next(iter(self.sums.values())), next(iter(self.last.values()))
+        found, sizes = (sums.shape[2], frame.shape[2]), self.sizes
+        if sizes is not None and found != (sizes.heads, sizes.width):
+            raise ValueError(
+                f"{self.node} got a video state of a model with {found[0]} heads and a width of {found[1]}, and this one has "
+                f"{sizes.heads} and {sizes.width}. Load the model that it was made with."
+            )
+
+    def _take(self, tensors: dict[str, torch.Tensor], device: torch.device) -> None:
+        """ValueError or KeyError where the state is not what `state` made."""
+        kinds: dict[str, dict[Key, torch.Tensor]] = {"sums": self.sums, "frame": self.last}
         for name, value in tensors.items():
-            kind, *numbers = name.split(".")
-            role, number, layer = map(int, numbers)
-            held = self.sums if kind == "sums" else self.last
-            held[(role, number), layer] = value.to(device, copy=True)
+            kind, role, number, layer = name.split(".")
+            kinds[kind][(int(role), int(number)), int(layer)] = value.to(device, copy=True)
+        slots = {slot for slot, _ in self.sums}
+        keys = {(slot, layer) for slot in slots for layer in range(self.layers)}
+        sums, frames = ({(value.dtype, tuple(value.shape)) for value in kinds[kind].values()} for kind in kinds)
+        if not keys or keys != self.sums.keys() or keys != self.last.keys() or len(sums) != 1 or len(frames) != 1:
+            raise ValueError(f"{len(self.sums)} {len(self.last)} {sums} {frames}")
+        ((dtype, (ring, batch, heads, held)), (kind, (rows, _, width))) = *sums, *frames
+        head = width // max(heads, 1)
+        whole = dtype == self.dtype and kind.is_floating_point and rows == batch and held == head * (head + 1)
+        if not whole or not 0 < ring <= max(self.window, 1):
+            raise ValueError(f"{sums} {frames}")
 
     def held_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for held in (self.sums, self.last, self.totals) for t in held.values())

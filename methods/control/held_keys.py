@@ -20,6 +20,16 @@ class Held:
         """[B, H, N, D] in the dtype that was given."""
         return self.data if self.scale is None else (self.data.float() * self.scale).to(self.dtype)
 
+    def made_by(self, dtype: str) -> bool:
+        """Whether it is what `hold` makes for that dtype: a file may hold anything."""
+        if self.data.ndim != 4:
+            return False
+        b, h, n, _ = self.data.shape
+        kinds = {"auto": (self.dtype, None), "fp8_e4m3": (FP8, (b, h, 1, 1)), "int8": (torch.int8, (b, h, n, 1))}
+        if self.scale is None:
+            return (self.data.dtype, None) == kinds[dtype]
+        return (self.data.dtype, tuple(self.scale.shape)) == kinds[dtype] and self.scale.dtype == torch.float32
+
     @property
     def bytes(self) -> int:
         scales = 0 if self.scale is None else self.scale.numel() * 4

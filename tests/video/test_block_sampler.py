@@ -50,6 +50,18 @@ def test_a_stop_keeps_what_is_done(wan):
     assert block_stop.stop() == []
 
 
+def test_a_stop_in_the_pass_over_a_finished_block_begins_no_other(wan):
+    class Asking(Nothing):
+        def open(self, options, block):
+            if block.commit:
+                block_stop.stop()
+
+    seen = []
+    cut = sampled(*wan, blocks(Asking()), frames=6, callback=lambda step, x0, x, total: seen.append(step))
+    assert torch.equal(cut, sampled(*wan, blocks(), frames=6)[:, :, :2]) and seen == [0, 1, 2, 2]
+    assert block_stop.stop() == []
+
+
 def test_each_finished_block_is_previewed_and_the_clip_at_the_end(wan):
     seen = []
     out = sampled(*wan, blocks(), frames=6, callback=lambda step, x0, x, total: seen.append((step, x0.shape[2], total)))
@@ -168,6 +180,47 @@ def test_conditions_are_cut_to_the_block(family, name, axis, given):
     assert [part.shape[axis] for part in cut] == [3, 3, 2]
     got = torch.cat([cut[0], cut[2]], axis)
     assert torch.equal(got[:, first:], whole[:, first:]) and whole[:, first:].std() > 0
+
+
+def _halves(kind: str, frames: int) -> tuple[dict, dict]:
+    """Two conditions: of the first three frames, and of the others."""
+    first = torch.zeros(frames, 8, 12)
+    first[:3] = 1
+    if kind == "area":
+        return {"area": (3, 8, 12, 0, 0, 0)}, {"area": (frames - 3, 8, 12, 3, 0, 0)}
+    return {"mask": first}, {"mask": 1 - first}
+
+
+@pytest.mark.parametrize("frames", [5, 8])  # as many as rows: these are not cut
+@pytest.mark.parametrize("kind", ["mask", "area"])
+def test_prompts_of_a_part_of_the_clip(kind, frames):
+    model, spec = model_of("wan_meta")
+    one, two = (c[0][0] for c in conds(spec))
+    latent = torch.zeros(1, 16, frames, 8, 12)
+    alone = [sampled(model, spec, blocks(inner=euler()), latent=latent, positive=[[text, {}]]) for text in (one, two)]
+    parts = [[text, of] for text, of in zip((one, two), _halves(kind, frames), strict=True)]
+    got = sampled(model, spec, blocks(inner=euler()), latent=latent, positive=parts)
+    if frames == 8:  # blocks of 2: the second has a frame of each
+        assert error(got[:, :, :2], alone[0][:, :, :2]) < 1e-5 and error(got[:, :, 4:], alone[1][:, :, 4:]) < 1e-5
+    else:
+        assert error(got, torch.cat([alone[0][:, :, :3], alone[1][:, :, 3:]], 2)) < 1e-5
+    rows = [[one, {"mask": torch.ones(1, 8, 12)}], [two, {"mask": torch.zeros(1, 8, 12)}]]
+    assert error(sampled(model, spec, blocks(inner=euler()), latent=latent, positive=rows), alone[0]) < 1e-5
+
+
+def test_a_start_frame_stands_in_its_block_alone():
+    model, spec = model_of("kandinsky5")
+    start, found, patched = torch.randn(1, 16, 1, *spec.latent[3:]), [], model.clone()
+
+    def watch(executor, x, *args, **kwargs):
+        found.append(kwargs.get("time_dim_replace") is not None)
+        return executor(x, *args, **kwargs)
+
+    patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "test", watch)
+    text, more = conds(spec)[0][0]
+    positive = [[text, {**more, "time_dim_replace": start}]]
+    sampled(patched, spec, blocks(), frames=4, positive=positive, sigmas=SIGMAS[-2:])
+    assert found == [True, True, False]  # a block, its commit pass, a block
 
 
 def test_a_text_as_wide_as_the_clip_is_long_stays_whole():

@@ -175,6 +175,8 @@ def test_wrong_models_get_a_sentence(pair):
         node(model_of("flux")[0])
     with pytest.raises(ValueError, match="its own time step, which LTX"):
         node(model_of("ltxv_meta")[0], memory="frames")
+    with pytest.raises(ValueError, match="which VaceWanModel does not take"):
+        node(model_of("wan_vace")[0], memory="frames")
     with pytest.raises(ValueError, match="does not come from the same node"):
         sampled(pair[1], pair[2], node(pair[1])[1])
     with pytest.raises(ValueError, match="on this MODEL already"):

@@ -8,7 +8,7 @@ from sana_helper import network
 from torch.nn import functional as F
 
 from tessera.methods.video import blocks as plan
-from tessera.networks.sana_layers import CHUNK, EPS, Attention, FrameConv, positions, rotated
+from tessera.networks.sana_layers import CHUNK, EPS, Attention, FrameConv, Sizes, positions, rotated
 from tessera.patching.block_memory import CURRENT, Block
 from tessera.patching.linear_memory import LinearMemory
 
@@ -108,6 +108,38 @@ def test_a_ring_grows_with_a_clip_that_goes_on():
         second.finished(options[CURRENT])
     want = explicit(*given, seen(whole, tokens, 6))[:, :, 4 * tokens :]
     assert error(torch.cat(out, 2), want) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("sums.0.0.1", lambda t: None),
+        ("frame.0.0.0", lambda t: None),
+        ("sums.0.0.0", lambda t: t.int()),
+        ("sums.0.0.0", lambda t: t.double()),
+        ("sums.0.0.1", lambda t: t[:1]),
+        ("sums.0.0.0", lambda t: t[..., 1:]),
+        ("frame.0.0.1", lambda t: t.repeat(2, 1, 1)),
+        ("frame.0.0.1", lambda t: t.int()),
+        ("frame.0.0.1", lambda t: t.flatten()),
+        ("sums.0.0.9", lambda t: torch.zeros(2, 1, 2, 272)),
+        ("junk", lambda t: torch.zeros(1)),
+        ("junk.0.0.0", lambda t: torch.zeros(1)),
+    ],
+)
+def test_sums_that_were_not_kept_so_get_a_sentence(name, change):
+    sums = {f"sums.0.0.{layer}": torch.rand(2, 1, 2, 272) for layer in range(2)}
+    whole = sums | {f"frame.0.0.{layer}": torch.rand(1, 6, 32) for layer in range(2)}
+    facts = memory(2).state()[1]
+    memory(2).restore(whole, facts, torch.device("cpu"))
+    made = {key: value for key, value in whole.items() if key != name}
+    changed = change(whole.get(name))
+    with pytest.raises(ValueError, match="sums are not whole"):
+        memory(2).restore(made if changed is None else {**made, name: changed}, facts, torch.device("cpu"))
+    other = memory(2)
+    other.sizes = Sizes(heads=4, head=8)
+    with pytest.raises(ValueError, match="2 heads and a width of 32, and this one has 4 and 32"):
+        other.restore(whole, facts, torch.device("cpu"))
 
 
 def test_another_setting_s_state_gets_a_sentence():
