@@ -125,7 +125,7 @@ class Accelerate(ChoosingFeature):
         present = job.others if self.packed is None else (*job.others, *job.side(True)[0])
         for kind, several in stacks.ladders(grid, job.steps, job.arch is not None, self.packed is not None).items():
             kept, why = stacks.served(several, present, job.patcher)
-            declined += why
+            declined += [reason for reason in dict.fromkeys(why) if reason not in declined]
             if kept:
                 ladders[kind] = kept
         return ladders, declined

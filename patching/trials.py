@@ -1,6 +1,7 @@
 """Trial runs inside a sampler's own run: the same guider, prompts, noise and schedule, other features."""
 
 import contextlib
+import copy
 import logging
 import math
 import threading
@@ -60,6 +61,7 @@ class Trials:
         self.pictures: torch.Tensor | None = None
         self.bar: Any = None
         self.compiled: set[str] = set()
+        self.easycache = self._kept()
 
     def side(self, packed: bool) -> tuple[tuple[Any, ...], Any]:
         """(features, ModelPatcher) of the MODEL that is sampled."""
@@ -164,6 +166,17 @@ class Trials:
         with contextlib.suppress(Warm):
             self._once(features, stop, packed)
 
+    def _kept(self) -> tuple[Any, dict[str, Any]]:
+        """(core's EasyCache, if there is one, and what it holds)."""
+        held = self.guider.model_options.get("transformer_options", {}).get(EASYCACHE)
+        return held, {name: copy.copy(value) for name, value in vars(held).items()} if held is not None else {}
+
+    def _renew(self) -> None:
+        """As it was before the trials: core makes a new one for each sampler, around all of our runs."""
+        held, state = self.easycache
+        if held is not None:
+            vars(held).update({name: copy.copy(value) for name, value in state.items()})
+
     def _once(self, features: tuple[Any, ...], callback: Callable, packed: bool) -> tuple[Any, dict[str, Any]]:
         """A run that nothing outside hears of, on copies of what samplers and conditions write into."""
         self.guider.conds = {k: [dict(c) for c in rows] for k, rows in self.conds.items()}
@@ -176,9 +189,7 @@ class Trials:
                 return run_once(self.executor, (*others, *features), args, given, told=False)
         finally:
             self.guider.conds = {k: [dict(c) for c in rows] for k, rows in self.conds.items()}
-            held = self.guider.model_options.get("transformer_options", {}).get(EASYCACHE)
-            if held is not None:  # core renews it once a sampler, around all of our runs
-                held.reset()
+            self._renew()
 
 
 @contextlib.contextmanager
