@@ -13,10 +13,10 @@ from ..methods.measure import stack_files
 from ..methods.measure.stack_files import StackProfile
 from ..methods.measure.stack_search import Goal, Stack, Tried, best, front, search
 from . import stacks
-from .compose import check
+from .compose import joins
 from .memory import grid_of
 from .report import tell
-from .run import ChoosingFeature, Feature, features_of, run_once
+from .run import ChoosingFeature, Feature, run_once
 from .sizes import fingerprint
 from .trials import Trials
 
@@ -72,16 +72,15 @@ class Accelerate(ChoosingFeature):
 
     def choose(self, executor, features, args, kwargs):
         job = Trials(executor, tuple(f for f in features if f is not self), args, kwargs, self.decode, self.packed)
-        name, profile, note = self._known(job)
-        points: list[Tried] = []
+        ladders, declined = self._offered(job)
+        name, profile, note = self._known(job, declined)
         if profile is None:
-            points, declined = self._measure(job)
-            profile = self._profile(job, points)
+            profile = self._profile(job, self._measure(job, ladders), declined)
             self._save(name, profile)
             note = "; ".join(declined)
         return self._apply(job, executor, features, args, kwargs, (name, profile, note, job.done))
 
-    def _known(self, job: Trials) -> tuple[str, StackProfile | None, str]:
+    def _known(self, job: Trials, declined: list[str]) -> tuple[str, StackProfile | None, str]:
         """(file name, the profile that applies, what it differs in); None: it has to be measured."""
         model, steps = fingerprint(job.model.diffusion_model), job.steps
         if self.profile is not None:
@@ -91,17 +90,26 @@ class Accelerate(ChoosingFeature):
                     f"Accelerate was given {name}, which was made for another model ({profile.architecture}). Choose the profile "
                     "of this model, or measure."
                 )
+            if "weights" in profile.stack and self.packed is None:
+                raise ValueError(
+                    f"Accelerate was given {name}, which uses packed weights. Connect packed_model, or measure."
+                )
             misfit = profile.misfit(model, job.sampler, steps)
             return name, profile, f"made for the {misfit}" if misfit else ""
-        name = self.file or f"{job.architecture}_{job.sampler.removeprefix('sample_')}_{steps}_{model[:6]}"
+        goal = "".join(f"{kind}{value:g}" for kind, value in self.asked.items())
+        parts = (job.architecture, job.sampler.removeprefix("sample_"), steps, goal, model[:6])
+        name = self.file or stack_files.file_name(*parts)
         if self.again:
             return name, None, ""
         try:
             profile = stack_files.load(self.folder, name)
+            stacks.features_of_stack(profile.stack, None)
         except ValueError:
             return name, None, ""
-        fits = not profile.misfit(model, job.sampler, steps) and profile.goal == self.asked
-        return name, profile if fits else None, ""
+        now = (self.asked, job.judged, self.packed is not None, declined)
+        same = now == (profile.goal, profile.judged, profile.packed, profile.declined)
+        fits = same and not profile.misfit(model, job.sampler, steps)
+        return name, profile if fits else None, "; ".join(declined)
 
     @property
     def asked(self) -> dict[str, float]:
@@ -110,20 +118,25 @@ class Accelerate(ChoosingFeature):
             return {"ssim": round(1 - self.goal.loss, 6)}
         return {"speedup": float(self.goal.ratio or 0)}
 
-    def _measure(self, job: Trials) -> tuple[list[Tried], list[str]]:
-        """(the plain run and every stack that was tried, what cannot act here)."""
-        if self.trials < SHORTEST:
-            raise ValueError(
-                f"Accelerate has no profile of this model, sampler and number of steps, and {self.trials} trials are too few "
-                f"to make one. Allow {SHORTEST} or more, or choose a profile."
-            )
+    def _offered(self, job: Trials) -> tuple[dict[str, Any], list[str]]:
+        """(the ladders that can act here, why others cannot)."""
         ladders, declined = {}, []
         grid = grid_of(job, job.shape) if job.arch is not None else None
+        present = job.others if self.packed is None else (*job.others, *job.side(True)[0])
         for kind, several in stacks.ladders(grid, job.steps, job.arch is not None, self.packed is not None).items():
-            kept, why = stacks.served(several, job.others, job.patcher)
-            declined += why
+            kept, why = stacks.served(several, present, job.patcher)
+            declined += [reason for reason in dict.fromkeys(why) if reason not in declined]
             if kept:
                 ladders[kind] = kept
+        return ladders, declined
+
+    def _measure(self, job: Trials, ladders: dict[str, Any]) -> list[Tried]:
+        """The plain run and every stack that was tried."""
+        if self.trials < SHORTEST:
+            raise ValueError(
+                f"Accelerate has no profile of this model, sampler, number of steps and goal, and {self.trials} trials are too "
+                f"few to make one. Allow {SHORTEST} or more, or choose a profile."
+            )
         job.begin(self.trials)
         self._tell(job, "plain", [])
         points = [job.plain()]
@@ -136,7 +149,7 @@ class Accelerate(ChoosingFeature):
             self._tell(job, stack.name, points)
             answer = job.trial(stack)
             points.append(answer)
-        return self._confirmed(job, points), declined
+        return self._confirmed(job, points)
 
     def _tell(self, job: Trials, name: str, points: list[Tried]) -> None:
         """The canvas what is tried now."""
@@ -158,12 +171,12 @@ class Accelerate(ChoosingFeature):
         points[0] = replace(points[0], seconds=plain)
         return [replace(p, ratio=plain / p.seconds) for p in points]
 
-    def _profile(self, job: Trials, points: list[Tried]) -> StackProfile:
+    def _profile(self, job: Trials, points: list[Tried], declined: list[str]) -> StackProfile:
         choice = best(points, self.goal)
         told = chart_points(points, choice)
         return StackProfile(
             choice.stack.parts, fingerprint(job.model.diffusion_model), job.architecture, job.sampler, job.steps, list(job.shape),
-            self.asked, told, job.device, job.judged,
+            self.asked, told, job.device, job.judged, self.packed is not None, declined,
         )  # fmt: skip
 
     def _save(self, name: str, profile: StackProfile) -> None:
@@ -174,10 +187,11 @@ class Accelerate(ChoosingFeature):
 
     def _apply(self, job: Trials, executor, features, args, kwargs, found) -> Any:
         name, profile, note, trials = found
-        added = stacks.features_of_stack(profile.stack, None)
-        for feature in added:
-            check(job.others, feature, job.patcher)
-            feature.attached(job.patcher)
+        added, packed = stacks.features_of_stack(profile.stack, None), "weights" in profile.stack
+        own, patcher = job.side(packed)
+        for number, feature in enumerate(added):
+            joins((*own, *added[:number]), feature, patcher)
+            feature.attached(patcher)
         chosen = next((p for p in profile.points if p.get("chosen")), {"ratio": 1.0, "loss": 0.0})
         told = {
             "stack": profile.stack, "chosen": profile.name, "speedup": chosen["ratio"],
@@ -186,8 +200,7 @@ class Accelerate(ChoosingFeature):
             "goal": profile.goal,
         }  # fmt: skip
         head = Chosen(self.node, told=told)
-        with job.weights("weights" in profile.stack):
-            own = job.others if "weights" not in profile.stack else features_of(self.packed.model_options)
+        with job.weights(packed):
             return run_once(executor, (*own, head, *added), args, kwargs, owners=features)[0]
 
 

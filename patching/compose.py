@@ -16,6 +16,14 @@ def check(present, feature, model) -> None:
     feature.check_model(arch, model.model.diffusion_model)
 
 
+def joins(present, feature, model) -> None:
+    """ValueError where the feature cannot act in a run on this MODEL, with all that is on it by now."""
+    check(present, feature, model)
+    reason = feature.refuses(model.model_options.get("transformer_options", {}))
+    if reason:
+        raise refusal(reason)
+
+
 def check_run(run, patcher) -> None:
     """At sampling: what other nodes put on the MODEL after ours."""
     options = patcher.model_options.get("transformer_options", {})

@@ -21,6 +21,7 @@ TOPK = (0.5, 0.3, 0.2)
 REACHES = (2, 3, 4)  # parts of the picture's longer side that a window's radius takes
 FEWEST_TOKENS = 1024  # of an image, below which sparse attention is not tried
 LEVELS = {"last_block": StackCache, "output": OutputCache}
+KIND = {"taylor": "cache", "sparse_linear": "attention", "local_window": "attention", "packed": "weights"}
 
 
 def ladders(grid: tuple[int, int, int] | None, steps: int, known: bool, packed: bool) -> dict[str, list[list[Setting]]]:
@@ -66,7 +67,7 @@ def feature_of(setting: Setting, node: str | None) -> Feature | None:
     if method == "taylor":
         _within(setting, interval=(1, 20), order=(0, 4), warmup=(0, 100), tail_full=(0, 10))
         level = setting.get("level")
-        if level not in LEVELS:
+        if not isinstance(level, str) or level not in LEVELS:
             raise ValueError(f"This stack asks for the cache level {level!r}, not one of {', '.join(LEVELS)}.")
         kept = {name: setting[name] for name in ("interval", "order", "warmup", "tail_full")}
         return LEVELS[level](node, name="Taylor Cache", given={**kept, "level": level}, **kept)
@@ -84,15 +85,19 @@ def feature_of(setting: Setting, node: str | None) -> Feature | None:
 def _within(setting: Setting, **bounds: tuple[float, float]) -> None:
     for name, (low, high) in bounds.items():
         value, whole = setting.get(name), isinstance(low, int)
-        right = type(value) is int if whole else isinstance(value, int | float)
+        right = type(value) is int if whole else type(value) in (int, float)
         if not right or not low <= value <= high:  # type: ignore[operator]
             raise ValueError(f"This stack has {name} {value!r}; it goes from {low} to {high}.")
 
 
 def features_of_stack(parts: dict[str, Setting], node: str | None) -> tuple[Feature, ...]:
     """In the order in which nodes would put them on the MODEL: attention first, the cache around it."""
-    ordered = [parts[kind] for kind in ("weights", "attention", "cache") if kind in parts]
-    return tuple(f for setting in ordered if (f := feature_of(setting, node)) is not None)
+    ordered = [(kind, parts[kind]) for kind in ("weights", "attention", "cache") if kind in parts]
+    made = [(kind, setting["method"], feature_of(setting, node)) for kind, setting in ordered]
+    for kind, method, _ in made:
+        if KIND[method] != kind:
+            raise ValueError(f"This stack has {method} as its {kind}. Make one with Accelerate.")
+    return tuple(feature for _, _, feature in made if feature is not None)
 
 
 def served(several: Sequence[Sequence[Setting]], present, model) -> tuple[list[list[Setting]], list[str]]:
@@ -103,7 +108,7 @@ def served(several: Sequence[Sequence[Setting]], present, model) -> tuple[list[l
             for setting in ladder:
                 feature = feature_of(setting, None)
                 if feature is not None:
-                    compose.check(present, feature, model)
+                    compose.joins(present, feature, model)
             kept.append(list(ladder))
         except (Unserved, ValueError) as sentence:
             declined.append(str(sentence))

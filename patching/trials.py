@@ -1,24 +1,30 @@
 """Trial runs inside a sampler's own run: the same guider, prompts, noise and schedule, other features."""
 
 import contextlib
+import copy
+import logging
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import comfy.model_management
 import comfy.model_patcher
+import comfy.sampler_helpers
 import comfy.utils
 import torch
 
 from .. import archs
 from ..methods.measure.quality import similarity, ssim
 from ..methods.measure.stack_search import Stack, Tried
+from .cache import EASYCACHE
 from .device_name import device_name
-from .run import LEDGER, features_of, first_part, run_once, sampler_name
+from .run import LEDGER, Feature, features_of, first_part, run_once, sampler_name
 from .sampling import synchronize
 from .stacks import features_of_stack
 
+log = logging.getLogger("tessera")
 NAMES = ("noise", "latent_image", "sampler", "sigmas", "denoise_mask", "callback", "disable_pbar", "seed")
 PATIENCE = 1.1  # of the plain run's time: a trial that takes longer is ended, for it cannot win
 
@@ -55,6 +61,14 @@ class Trials:
         self.pictures: torch.Tensor | None = None
         self.bar: Any = None
         self.compiled: set[str] = set()
+        self.easycache = self._kept()
+
+    def side(self, packed: bool) -> tuple[tuple[Any, ...], Any]:
+        """(features, ModelPatcher) of the MODEL that is sampled."""
+        if not packed:
+            return self.others, self.patcher
+        features = features_of(self.packed.model_options)
+        return tuple(f for f in features if type(f) is not Feature), self.packed  # not the Meter that wraps it
 
     def begin(self, total: int) -> None:
         """Before the first of so many trials."""
@@ -63,14 +77,14 @@ class Trials:
 
     def plain(self) -> Tried:
         """The run that all others are compared with, after a step that loads the model."""
-        self._warm((), 1)
+        self._warm((), 1, False)
         made, seconds, _ = self._run(Stack(), math.inf)
         self.reference, self.plain_seconds = made, seconds
         if not made.isfinite().all():
             raise ValueError(
                 "Accelerate: the plain run gives values that are not finite. Mend the graph without it first."
             )
-        self.pictures = self.decode(made).float().cpu().clamp(0, 1) if self.decode else None
+        self.pictures = self._pictured(made) if self.decode else None
         return Tried(Stack(), 1.0, 0.0, seconds)
 
     def trial(self, stack: Stack) -> Tried:
@@ -79,7 +93,7 @@ class Trials:
         kinds = {part["method"] for part in stack.parts.values()}
         if self.patcher.load_device.type == "cuda" and not kinds <= self.compiled:
             with self.weights("weights" in stack.parts):
-                self._warm(features, min(self.steps, 8))
+                self._warm(features, min(self.steps, 8), "weights" in stack.parts)
             self.compiled |= kinds
         try:
             made, seconds, facts = self._run(stack, self.plain_seconds * PATIENCE)
@@ -99,7 +113,11 @@ class Trials:
             return 1.0
         if self.decode is None:
             return 1.0 - similarity(self.reference, made)
-        return min(1.0, max(0.0, 1.0 - ssim(self.pictures, self.decode(made).float().cpu().clamp(0, 1))))
+        return min(1.0, max(0.0, 1.0 - ssim(self.pictures, self._pictured(made))))
+
+    def _pictured(self, made: torch.Tensor) -> torch.Tensor:
+        with same_noise(self.patcher.load_device):  # some VAEs add noise
+            return self.decode(made).float().cpu().clamp(0, 1)  # type: ignore[misc]
 
     @contextlib.contextmanager
     def weights(self, packed: bool) -> Iterator[None]:
@@ -113,6 +131,8 @@ class Trials:
         guider.model_patcher = self.packed
         guider.model_options = comfy.model_patcher.create_model_options_clone(self.packed.model_options)
         guider.model_options["transformer_options"][LEDGER] = kept[1]["transformer_options"].get(LEDGER)
+        # core does this before our wrapper, and only for the MODEL that the guider came with: without it no wrapper acts
+        comfy.sampler_helpers.prepare_model_patcher(self.packed, {}, guider.model_options)
         try:
             yield
         finally:
@@ -137,14 +157,25 @@ class Trials:
         seconds = time.perf_counter() - start
         return first_part(made, self.latent_shapes).detach().float().cpu(), seconds, summary(record)
 
-    def _warm(self, features: tuple[Any, ...], steps: int) -> None:
+    def _warm(self, features: tuple[Any, ...], steps: int, packed: bool) -> None:
         def stop(number, *rest):
             comfy.model_management.throw_exception_if_processing_interrupted()
             if number + 1 >= steps:
                 raise Warm
 
         with contextlib.suppress(Warm):
-            self._once(features, stop, False)
+            self._once(features, stop, packed)
+
+    def _kept(self) -> tuple[Any, dict[str, Any]]:
+        """(core's EasyCache, if there is one, and what it holds)."""
+        held = self.guider.model_options.get("transformer_options", {}).get(EASYCACHE)
+        return held, {name: copy.copy(value) for name, value in vars(held).items()} if held is not None else {}
+
+    def _renew(self) -> None:
+        """As it was before the trials: core makes a new one for each sampler, around all of our runs."""
+        held, state = self.easycache
+        if held is not None:
+            vars(held).update({name: copy.copy(value) for name, value in state.items()})
 
     def _once(self, features: tuple[Any, ...], callback: Callable, packed: bool) -> tuple[Any, dict[str, Any]]:
         """A run that nothing outside hears of, on copies of what samplers and conditions write into."""
@@ -152,11 +183,35 @@ class Trials:
         given = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in self.given.items()}
         given.update(callback=callback, disable_pbar=True)
         args = tuple(given.pop(name, None) for name in NAMES)
-        others = features_of(self.packed.model_options) if packed else self.others
+        others, _ = self.side(packed)
         try:
-            return run_once(self.executor, (*others, *features), args, given, told=False)
+            with same_noise(self.patcher.load_device), quiet():
+                return run_once(self.executor, (*others, *features), args, given, told=False)
         finally:
             self.guider.conds = {k: [dict(c) for c in rows] for k, rows in self.conds.items()}
+            self._renew()
+
+
+@contextlib.contextmanager
+def same_noise(device: torch.device) -> Iterator[None]:
+    """What is drawn from torch's own generators within it, by samplers that take no seed, is drawn again afterwards."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """What the features warn of is told once, by the run that follows the trials."""
+    mine = threading.get_ident()
+
+    def elsewhere(record: logging.LogRecord) -> bool:
+        return record.thread != mine
+
+    log.addFilter(elsewhere)
+    try:
+        yield
+    finally:
+        log.removeFilter(elsewhere)
 
 
 def summary(record: dict[str, Any]) -> dict[str, Any]:

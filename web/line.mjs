@@ -27,10 +27,16 @@ export function featureLine(feature, run) {
   );
 }
 
-/** A measurement of Accelerate while it lasts: {trial, of, name, best}. @returns {HTMLElement} */
-export function trialLine(trial) {
+/** What a measurement of Accelerate is at: {trial, of, name, best, ended}. @returns {string} */
+export function trialWords(trial) {
   const best = text(trial.best) ? `; best so far: ${text(trial.best)}` : "";
-  const words = `Trial ${text(trial.trial)} of at most ${text(trial.of)}: ${text(trial.name)}${best}`;
+  const at = text(trial.ended) ? `${text(trial.ended)} at trial` : "Trial";
+  return `${at} ${text(trial.trial)} of at most ${text(trial.of)}: ${text(trial.name)}${best}`;
+}
+
+/** The same with its chart. @returns {HTMLElement} */
+export function trialLine(trial) {
+  const words = trialWords(trial);
   return el("div", { class: "tessera-line", role: "status" }, el("div", { class: "tessera-line-text" }, words), frontChart(trial.front, "loss"));
 }
 

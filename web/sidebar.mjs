@@ -33,8 +33,9 @@ export class Sidebar {
     const shown = [this.picker, this.headline, this.bar, this.about, this.figure.element, this.below];
     this.filled = el("div", {}, ...shown);
     this.empty = el("p", { class: "tessera-empty" }, EMPTY);
+    this.told = el("p", { class: "tessera-told", role: "status", hidden: true });
     const head = el("h2", {}, "Tessera");
-    this.root = el("div", { class: "tessera-panel tessera-sidebar", role: "region", "aria-label": "Tessera runs", tabindex: -1 }, head, this.empty, this.filled);
+    this.root = el("div", { class: "tessera-panel tessera-sidebar", role: "region", "aria-label": "Tessera runs", tabindex: -1 }, head, this.told, this.empty, this.filled);
     this.#changed();
   }
 
@@ -49,6 +50,13 @@ export class Sidebar {
 
   get visible() {
     return this.root.isConnected;
+  }
+
+  /** What goes on before a run that shows here; "" for nothing. */
+  tell(words) {
+    this.told.textContent = words;
+    this.told.hidden = !words;
+    this.#changed();
   }
 
   #choose(id) {
@@ -69,7 +77,7 @@ export class Sidebar {
   #draw() {
     const newest = this.runs.newest();
     const run = newest.find((r) => r.id === this.chosen) ?? newest[0];
-    this.empty.hidden = Boolean(run);
+    this.empty.hidden = Boolean(run) || !this.told.hidden;
     this.filled.hidden = !run;
     if (!run) return;
     const options = newest.map((r) => el("option", { value: r.id }, this.#name(r)));

@@ -3,7 +3,7 @@
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { list, object } from "./dom.mjs?v=0.1.0";
-import { featureLine, trialLine } from "./line.mjs?v=0.1.0";
+import { featureLine, trialLine, trialWords } from "./line.mjs?v=0.1.0";
 import { buildReport } from "./report.mjs?v=0.1.0";
 import { Sidebar, TAB } from "./sidebar.mjs?v=0.1.0";
 import { SAMPLERS, drawStop, stopRow } from "./stop.mjs?v=0.1.0";
@@ -14,6 +14,7 @@ const REPORT = "tessera_report"; // in a node's ui output
 const REPORT_WIDTH = 380;
 const REMEMBERED = 16; // workflows whose lines survive undo and tab changes
 const runs = new Map(); // workflow id -> Map(node id -> {feature, run})
+let trial = null; // that Accelerate is at
 
 const style = document.createElement("link");
 style.rel = "stylesheet";
@@ -57,9 +58,23 @@ function drawLines(run, keep) {
 }
 
 /** What Accelerate is trying, until the run that follows draws its own line. */
-function drawTrial(trial) {
+function drawTrial(told) {
+  trial = told;
+  sidebar.tell(trialWords(trial));
   const node = findNode(graph(), trial.node);
   if (isOurs(node)) showPanel(app, node, "tessera_line", trialLine(trial));
+}
+
+/** The run was stopped before the one that would tell of the trials. */
+function endTrial(how) {
+  if (trial) drawTrial({ ...trial, ended: how });
+  trial = null;
+}
+
+/** A run that tells for itself. */
+function leaveTrial() {
+  trial = null;
+  sidebar.tell("");
 }
 
 /** A report that comes from the server's cache, after a reload say, also brings back the lines of its run. */
@@ -106,6 +121,9 @@ async function restoreRuns() {
 }
 
 function listen() {
+  for (const event of ["tessera.step", "tessera.run", "execution_success"]) api.addEventListener(event, leaveTrial);
+  api.addEventListener("execution_interrupted", () => endTrial("Interrupted"));
+  api.addEventListener("execution_error", () => endTrial("Failed"));
   api.addEventListener("tessera.step", (event) => sidebar.runs.step(event.detail, workflowId()));
   api.addEventListener("tessera.run", (event) => {
     drawLines(event.detail, false);

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ SUFFIX = ".json"
 FORMAT = "tessera-stack/1"
 MOST = 1 << 20  # bytes; a profile takes some kilobytes
 KINDS = ("cache", "attention", "weights")
+LONGEST = 200  # letters of a name
 
 
 @dataclass(frozen=True)
 class StackProfile:
     """stack: settings by kind. model: fingerprint of the weights; sampler: its function; steps, tokens: of the run.
-    goal: what was asked for. points: all that was tried, the plain run first. device: where it was measured."""
+    goal: what was asked for. points: all that was tried, the plain run first. device: where it was measured. packed: whether
+    packed weights were tried; declined: why other kinds were not."""
 
     stack: dict[str, dict[str, Any]]
     model: str
@@ -30,6 +33,8 @@ class StackProfile:
     points: list[dict[str, Any]] = field(default_factory=list)
     device: str = ""
     judged: str = ""
+    packed: bool = False
+    declined: list[str] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -54,26 +59,39 @@ class StackProfile:
             found = json.loads(text)
             if found.pop("format") != FORMAT:
                 raise ValueError("another format")
+            json.dumps(found, allow_nan=False)  # the canvas could not read it
             made = cls(**found)
             _check(made)
             return made
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError, OverflowError) as error:
             raise ValueError(f"{name} is no profile of Accelerate ({error}). Make one with Accelerate.") from error
 
 
 def _check(made: StackProfile) -> None:
-    texts = (made.model, made.architecture, made.sampler, made.device, made.judged)
-    if not all(isinstance(t, str) for t in texts) or type(made.steps) is not int or not isinstance(made.points, list):
+    texts = [made.model, made.architecture, made.sampler, made.device, made.judged]
+    lists = (made.points, made.size, made.declined)
+    if type(made.steps) is not int or type(made.packed) is not bool or not all(isinstance(x, list) for x in lists):
+        raise ValueError("a field of the wrong type")
+    if not all(isinstance(t, str) for t in texts + made.declined) or not isinstance(made.goal, dict):
         raise ValueError("a field of the wrong type")
     if not isinstance(made.stack, dict) or not {*made.stack} <= {*KINDS}:
         raise ValueError(f"a stack has {', '.join(KINDS)}")
     for part in [*made.stack.values(), *made.points]:
-        if not isinstance(part, dict) or not isinstance(part.get("name"), str):
+        if not isinstance(part, dict) or not isinstance(part.get("name"), str) or len(part["name"]) > LONGEST:
             raise ValueError("a setting without a name")
     for point in made.points:
         for key in ("ratio", "loss"):
-            if not isinstance(point.get(key), int | float) or not math.isfinite(point[key]):
+            value: Any = point.get(key)
+            if type(value) not in (int, float) or not math.isfinite(value) or value < 0:
                 raise ValueError(f"a point without {key}")
+    if [point.get("chosen") for point in made.points].count(True) != 1:
+        raise ValueError("not one chosen point")
+
+
+def file_name(*parts: Any) -> str:
+    """Of what a profile is for; names of models and samplers may hold what a file name cannot."""
+    words = (re.sub(r"[^A-Za-z0-9.-]+", "-", str(part)).strip("-.") for part in parts)
+    return "_".join(word for word in words if word)[:100].replace("..", ".").rstrip(".")
 
 
 def save(folder: Path, name: str, profile: StackProfile) -> Path:

@@ -142,3 +142,16 @@ def test_a_plan_tells_of_others(canvas):
         f"{HOSTILE} (ComfyUI): skips (idle: no wrapper)",
     ]
     assert texts(side, ".tessera-section:last-child p") == shown
+
+
+def test_trials_are_told_until_a_run_tells_for_itself(canvas):
+    side = opened(canvas, None)
+    tell(canvas, "trial", node="4", trial=2, of=12, name=HOSTILE, best="")
+    canvas.page.wait_for_function("() => !document.querySelector('.tessera-told').hidden")
+    assert texts(side, ".tessera-told") == [f"Trial 2 of at most 12: {HOSTILE}"]
+    assert not side.query_selector(".tessera-empty").is_visible()
+    stopped = {"prompt_id": "p", "node_id": "4", "node_type": "KSampler", "executed": []}
+    canvas.page.evaluate("detail => app.api.dispatchCustomEvent('execution_interrupted', detail)", stopped)
+    assert texts(side, ".tessera-told") == [f"Interrupted at trial 2 of at most 12: {HOSTILE}"]
+    tell(canvas, "step", **told("t", ["full"]))
+    canvas.page.wait_for_function("() => document.querySelector('.tessera-told').hidden")

@@ -7,6 +7,7 @@ import comfy.model_management
 import comfy.samplers
 import pytest
 import torch
+from accelerate_helper import clock, told  # noqa: F401
 from nodes_helper import Job, model_of, run_node, taylor
 from tiny_models import tiny
 
@@ -22,34 +23,6 @@ from tessera.patching.stacks import feature_of, ladders, served
 def folder(tmp_path, monkeypatch):
     monkeypatch.setattr("folder_paths.get_output_directory", lambda: str(tmp_path))
     return tmp_path
-
-
-@pytest.fixture(autouse=True)
-def clock(monkeypatch):
-    """Time counts computed blocks, so that what is chosen does not depend on the machine."""
-    real = trials.run_once
-
-    class Counted:
-        now = 0.0
-
-        def perf_counter(self):
-            return self.now
-
-    counted = Counted()
-
-    def run_once(*args, **kwargs):
-        out = real(*args, **kwargs)
-        computed = [f["facts"]["blocks_computed"] for f in out[1]["features"] if "blocks_computed" in f["facts"]]
-        counted.now += computed[0] + 1 if computed else 2 * out[1]["forwards"] + 1
-        return out
-
-    monkeypatch.setattr(trials, "time", counted)
-    monkeypatch.setattr(trials, "run_once", run_once)
-    return counted
-
-
-def told(model) -> dict:
-    return next(f for f in latest_record(model)["features"] if f["name"] == "Accelerate")["facts"]
 
 
 @pytest.mark.parametrize("name", ["flux", "wan_meta", "sd3", "lumina2", "ltxav_meta"])
