@@ -12,6 +12,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from .. import archs
+from .plan_foreign import compiled
 from .profile_meter import Meter
 from .profile_shapes import CountingMeter, Shapes, Untold
 from .report import latest_record
@@ -79,13 +80,6 @@ def measure(model: Any, job: Job, asked: Asked) -> Found:
         samples = found.outcome.samples
         found.outside["vae"] = timed(lambda: asked.decode(samples), model)  # type: ignore[misc]
     return found
-
-
-def compiled(model: Any) -> bool:
-    """By core's node, or as object patches of modules, as other packs do it."""
-    parts = model.object_patches.values()
-    wrapped = "torch.compile" in model.wrappers.get(WrappersMP.APPLY_MODEL, {})
-    return wrapped or any(type(part).__name__ == "OptimizedModule" for part in parts)
 
 
 def timed(act: Callable[[], Any], model: Any) -> float:
