@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .. import archs
 from ..methods.measure import stack_files
 from ..methods.measure.stack_files import StackProfile
 from ..methods.measure.stack_search import Goal, Stack, Tried, best, front, search
@@ -22,6 +23,12 @@ from .trials import Trials
 
 log = logging.getLogger("tessera")
 CONFIRMING = 2  # runs of the budget that are kept for measuring the choice and the plain MODEL once more
+OTHER_MODEL = (
+    "Accelerate was given {name}, which was made for another model ({architecture}). Choose the profile of this model, or "
+    "measure."
+)
+ANY_GRID, ANY_STEPS = (1, 64, 64), 20  # a plan does not know the run: tokens and steps at which every kind is tried
+TRIED = {"cache": "caches", "attention": "sparse attention"}
 SHORTEST = 4  # trials: plain, one stack, and both again
 
 
@@ -70,6 +77,41 @@ class Accelerate(ChoosingFeature):
             return "Accelerate is on this MODEL already: one chooses for the whole MODEL. Remove one of them."
         return None
 
+    def plan(self) -> str:
+        wanted = (f"the fastest stack with an SSIM of {1 - self.goal.loss:g} or more" if self.goal.loss is not None
+                  else f"the stack nearest to the plain result that is {self.goal.ratio:g}× faster")  # fmt: skip
+        if self.profile is not None:
+            name, profile = self.profile
+            made = f"made for {profile.steps} steps of {profile.sampler.removeprefix('sample_')}"
+            return f"applies {profile.name}, of profile {name} ({made}), without a trial"
+        if self.trials < SHORTEST:
+            return f"applies {wanted} that was found before for this model, sampler and steps; tries nothing"
+        attention = f"sparse attention (from {stacks.FEWEST_TOKENS:,} image tokens on)"
+        tried = f"caches, {attention} and packed weights" if self.packed is not None else f"caches and {attention}"
+        found = "" if self.again else "uses what it found before for this model, sampler and steps; else "
+        return f"{found}tries {tried} in up to {self.trials} whole runs, and keeps {wanted}"
+
+    def foreseen(self, others: tuple[Feature, ...], model: Any) -> tuple[list[str], list[str]]:
+        arch, refused, declined = archs.find(model.model.diffusion_model), [], []
+        if self.profile is None:
+            if arch is None:
+                declined.append(f"{self.name} tries no attention: where this model's image tokens lie is not known")
+            several = stacks.ladders(ANY_GRID if arch is not None else None, ANY_STEPS, arch is not None, False)
+            for kind, ladders in several.items():
+                kept, why = stacks.served(ladders, others, model)
+                how = f"tries fewer {TRIED[kind]}" if kept else f"will try no {TRIED[kind]}"
+                declined += [f"{self.name} {how}: {sentence}" for sentence in dict.fromkeys(why)]
+            return declined, []
+        name, profile = self.profile
+        if profile.model != fingerprint(model.model.diffusion_model):
+            refused.append(OTHER_MODEL.format(name=name, architecture=profile.architecture))
+        try:
+            for feature in stacks.features_of_stack(profile.stack, None):
+                check(others, feature, model)
+        except ValueError as sentence:
+            refused.append(str(sentence))
+        return [], refused
+
     def choose(self, executor, features, args, kwargs):
         job = Trials(executor, tuple(f for f in features if f is not self), args, kwargs, self.decode, self.packed)
         ladders, declined = self._offered(job)
@@ -86,10 +128,7 @@ class Accelerate(ChoosingFeature):
         if self.profile is not None:
             name, profile = self.profile
             if profile.model != model:
-                raise ValueError(
-                    f"Accelerate was given {name}, which was made for another model ({profile.architecture}). Choose the profile "
-                    "of this model, or measure."
-                )
+                raise ValueError(OTHER_MODEL.format(name=name, architecture=profile.architecture))
             if "weights" in profile.stack and self.packed is None:
                 raise ValueError(
                     f"Accelerate was given {name}, which uses packed weights. Connect packed_model, or measure."

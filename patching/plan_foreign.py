@@ -5,7 +5,8 @@ import re
 from collections import Counter
 from typing import Any
 
-from comfy.patcher_extension import WrappersMP
+import torch
+from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from .attention import OVERRIDE
 from .plan_words import Row, called, ranges, value_words
@@ -29,14 +30,23 @@ SINGLE = {  # entries of model_options: their stage, and what they do
     "sampler_cfg_function": ("guidance", "joins the predictions in place of plain guidance"),
     "sampler_post_cfg_function": ("guidance", "changes the guided prediction"),
 }
+CALLBACKS = {  # the stage of each kind of callback that does not come as weights are loaded or put off
+    CallbacksMP.ON_PRE_RUN: "run", CallbacksMP.ON_CLEANUP: "run", CallbacksMP.ON_INJECT_MODEL: "run",
+    CallbacksMP.ON_EJECT_MODEL: "run", CallbacksMP.ON_PREPARE_STATE: "step", CallbacksMP.ON_APPLY_HOOKS: "step",
+}  # fmt: skip
+PLAIN_OPTIONS = {  # entries of model_options that are told elsewhere, or do nothing by themselves
+    *SINGLE, "transformer_options", "torch_compile_kwargs", "registered_hooks", "multigpu_thread_pool", "ignore_multigpu",
+}  # fmt: skip
+BOTH_PROMPTS = "disable_cfg1_optimization"
 CACHE_SETTINGS = ("reuse_threshold", "start_percent", "end_percent")
 KNOWN = {"patches", "patches_replace", "wrappers", "callbacks", OVERRIDE, FEATURES, LEDGER, RUN}
-BLOCK_PATCHES = ("double_block", "single_block", "input_block", "output_block", "middle_block", "mlp", "noise_refiner")
+BLOCK_PATCHES = re.compile("(double|single|input|output|middle)_(block|patch)|mlp|noise_refiner")
 
 
 def rows(model: Any) -> list[Row]:
     """In the order of action inside each stage, as far as core fixes it; stages are mixed."""
-    return [*weights(model), *around(model), *singles(model), *insides(model), *attention(model)]
+    return [*weights(model), *callbacks(model), *around(model), *singles(model), *options_of(model), *insides(model),
+            *attention(model)]  # fmt: skip
 
 
 def weights(model: Any) -> list[Row]:
@@ -94,19 +104,35 @@ def objects(model: Any) -> list[Row]:
     """Object patches: those of one kind at numbered places are one row."""
     found: dict[tuple[str, str, str], list[str]] = {}
     for path, thing in model.object_patches.items():
-        found.setdefault((*called(thing), re.sub(r"\d+", "*", path)), []).append(path)
+        found.setdefault((*placed(thing), re.sub(r"\d+", "*", path)), []).append(path)
     made = []
     for (owner, name, path), paths in found.items():
-        times = f", {len(paths)} times" if len(paths) > 1 else ""
-        stage = "blocks" if path.startswith("diffusion_model.") else "run"
-        made.append(Row(stage, owner, name, f"in place of {path if len(paths) > 1 else paths[0]}{times}"))
+        stage = "call" if path == "diffusion_model" else "blocks" if path.startswith("diffusion_model.") else "run"
+        made.append(Row(stage, owner, name, f"in place of {path if len(paths) > 1 else paths[0]}{_times(len(paths))}"))
     return made
+
+
+def placed(thing: Any) -> tuple[str, str]:
+    """(owner, name) of what an object patch puts in place."""
+    if isinstance(thing, torch.dtype):  # as core's node of the compute type does
+        return "ComfyUI", str(thing).removeprefix("torch.")
+    return ("torch", COMPILE) if is_compiled(thing) else called(thing)
+
+
+def is_compiled(thing: Any) -> bool:
+    return type(thing).__name__ == "OptimizedModule"
+
+
+def compiled(model: Any) -> bool:
+    """By core's node, or as object patches of modules, as other packs do it."""
+    wrapped = COMPILE in model.wrappers.get(WrappersMP.APPLY_MODEL, {})
+    return wrapped or any(is_compiled(part) for part in model.object_patches.values())
 
 
 def attached(model: Any) -> list[Row]:
     """Injections, weight wrappers and models that come along."""
     made = [
-        Row("weights", called(parts[0].inject)[0], str(key), f"injects into the modules, {len(parts)} times")
+        Row("weights", called(parts[0].inject)[0], str(key), f"injects into the modules{_times(len(parts))}")
         for key, parts in model.injections.items()
         if parts
     ]
@@ -115,8 +141,45 @@ def attached(model: Any) -> list[Row]:
         made.append(Row("weights", owner, name, f"changes {path} at each use"))
     for key, models in model.additional_models.items():
         if models:
-            made.append(Row("weights", "ComfyUI", str(key), f"{len(models)} more models are loaded with this one"))
+            made.append(Row("weights", "ComfyUI", str(key), _along(len(models))))
+    made += [Row("run", called(held)[0], str(key), "data kept on the MODEL, which its owner reads")
+             for key, held in model.attachments.items()]  # fmt: skip
     return made
+
+
+def _times(count: int) -> str:
+    return f", {count} times" if count > 1 else ""
+
+
+def _along(count: int) -> str:
+    return "another model is loaded with this one" if count == 1 else f"{count} more models are loaded with this one"
+
+
+def callbacks(model: Any) -> list[Row]:
+    """What asked to be called as the MODEL is loaded, is cleaned up, or its steps begin."""
+    merged = model.model_options.get("transformer_options", {}).get("callbacks", {})
+    held = [(kind, key, f) for part in (merged, model.callbacks) for kind, keyed in part.items()
+            for key, functions in keyed.items() for f in functions]  # fmt: skip
+    made = [Row(CALLBACKS.get(kind, "weights"), *called(f), f"callback {kind}{_label(key)}") for kind, key, f in held]
+    return [row for row in made if row.owner != "Tessera"]
+
+
+def _label(key: Any) -> str:
+    return f' ("{key}")' if key is not None else " (without a key)"
+
+
+def options_of(model: Any) -> list[Row]:
+    """Entries of model_options that core has no place for, but one that makes the work twice as much."""
+    made = []
+    for key, held in model.model_options.items():
+        if key == BOTH_PROMPTS and held:
+            made.append(
+                Row("step", "ComfyUI", str(key), "at cfg 1 the negative prompt is evaluated too: twice the work there")
+            )
+        elif key not in PLAIN_OPTIONS and key != BOTH_PROMPTS:
+            owner = called(held)[0] if hasattr(held, "__dict__") else "unknown"
+            made.append(Row("step", owner, str(key), "an option of the MODEL that its owner reads"))
+    return [row for row in made if row.owner != "Tessera"]
 
 
 def around(model: Any) -> list[Row]:
@@ -152,8 +215,7 @@ def _wrapper(model: Any, kind: str, stage: str, key: Any, function: Any) -> Row:
         return Row(
             stage, owner, getattr(held, "name", "EasyCache"), f"skips steps by how much the input changed: {words}"
         )
-    label = f'"{key}"' if key is not None else "without a key"
-    return Row(stage, owner, name, f"wraps {kind} ({label})")
+    return Row(stage, owner, name, f"wraps {kind}{_label(key)}")
 
 
 def singles(model: Any) -> list[Row]:
@@ -178,7 +240,7 @@ def insides(model: Any) -> list[Row]:
     options = model.model_options.get("transformer_options", {})
     made = []
     for name, patches in options.get("patches", {}).items():
-        stage = "attention" if name.startswith("attn") else "blocks" if name in BLOCK_PATCHES else "network"
+        stage = "attention" if name.startswith("attn") else "blocks" if BLOCK_PATCHES.match(name) else "network"
         made += [Row(stage, *called(patch), f"patch {name}") for patch in patches]
     for where, hooks in options.get("patches_replace", {}).items():
         grouped: dict[tuple[str, str, str], list[int]] = {}
@@ -211,11 +273,10 @@ def attention(model: Any) -> list[Row]:
 def conflicts(model: Any, features: Any) -> list[str]:
     """What of others gets in the way of ours, or of each other, in sentences."""
     options = model.model_options.get("transformer_options", {})
-    compiled = COMPILE in model.wrappers.get(WrappersMP.APPLY_MODEL, {})
     made = []
-    if compiled and model.model_options.get("model_function_wrapper") is not None:
+    if compiled(model) and model.model_options.get("model_function_wrapper") is not None:
         made.append("torch.compile beside a model_function_wrapper: where it changes shapes, the model compiles again")
-    if compiled and EASYCACHE in options:
+    if compiled(model) and EASYCACHE in options:
         made.append(
             "torch.compile beside core's EasyCache: its decision breaks the compiled graph, and may skip nothing"
         )

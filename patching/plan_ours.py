@@ -8,6 +8,7 @@ from .. import archs
 from .attention import AttentionFeature
 from .attention_around import AroundAttention, KeyFeature
 from .blocks import BlockFeature, positions
+from .compose import LISTED
 from .forward import ModelFeature, NetworkFeature, PartFeature
 from .plan_words import Row, ranges
 from .run import Feature
@@ -82,6 +83,8 @@ def declines(features: tuple[Feature, ...], model: Any, latent: dict[str, Any] |
     arch = archs.find(diffusion_model)
     found = [f"{f.name} does nothing on this MODEL: {f.inactive}" for f in features if f.inactive]
     plans = [f for f in features if isinstance(f, AttentionFeature) and not f.inactive]
+    for feature in features:
+        found += foreseen(feature, features, model)[0]
     if arch is None:
         return found
     kinds = {kind for spec in arch.blocks if spec.stack for kind in spec.calls}
@@ -143,4 +146,13 @@ def refused(features: tuple[Feature, ...], model: Any) -> list[str]:
             sentence = one.conflicts(other) or other.conflicts(one)
             if sentence:
                 found.append(sentence)
+        found += foreseen(one, features, model)[1]
     return [*dict.fromkeys(found)]
+
+
+def foreseen(feature: Feature, features: tuple[Feature, ...], model: Any) -> tuple[list[str], list[str]]:
+    """Without the words of a refusal that point at the plan itself."""
+    if feature.inactive:
+        return [], []
+    declined, stops = feature.foreseen(tuple(f for f in features if f is not feature), model)
+    return [s.removesuffix(f" {LISTED}") for s in declined], [s.removesuffix(f" {LISTED}") for s in stops]

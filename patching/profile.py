@@ -4,7 +4,7 @@ computing; time is measured in a run through the shared runner, with every patch
 import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,13 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from .. import archs
+from .accelerate import Accelerate
+from .clock import expected_evaluations
+from .plan_foreign import compiled
 from .profile_meter import Meter
 from .profile_shapes import CountingMeter, Shapes, Untold
 from .report import latest_record
+from .run import FEATURES, features_of, sampler_name
 from .sampling import Job, Outcome, Progress, metered, peak, sample, synchronize
 
 MODES = ("events", "analytic", "trace")
@@ -46,6 +50,7 @@ class Found:
     how: str
     run: Meter | None = None
     outcome: Outcome | None = None
+    evaluations: float = 1.0  # of a step on average: heun asks for two predictions
     plain: list[float] = field(default_factory=list)  # seconds of steps of the same run without hooks
     operators: dict[str, float] = field(default_factory=dict)  # seconds by kind, from a trace
     outside: dict[str, float] = field(default_factory=dict)  # seconds of text encoder and VAE
@@ -67,8 +72,11 @@ def measure(model: Any, job: Job, asked: Asked) -> Found:
     progress = Progress({"analytic": 1, "trace": 2 + steps, "events": 2 + 2 * steps}[asked.mode])
     found = count(model, job, progress)
     if asked.mode == "analytic":
+        schedule = [float(s) for s in job.sigmas]
+        found.evaluations = len(expected_evaluations(sampler_name(job.sampler), schedule)) / total or 1.0
         return found
     until(metered(model), job, 1, progress)  # warm: caches of kernels and of memory
+    model = settled(model)
     if asked.mode == "trace":
         traced(model, job, steps, asked, found, progress)
     else:
@@ -81,11 +89,13 @@ def measure(model: Any, job: Job, asked: Asked) -> Found:
     return found
 
 
-def compiled(model: Any) -> bool:
-    """By core's node, or as object patches of modules, as other packs do it."""
-    parts = model.object_patches.values()
-    wrapped = "torch.compile" in model.wrappers.get(WrappersMP.APPLY_MODEL, {})
-    return wrapped or any(type(part).__name__ == "OptimizedModule" for part in parts)
+def settled(model: Any) -> Any:
+    """What Accelerate found in the warm run is measured, not its trials."""
+    made = model.clone()
+    if features := features_of(made.model_options):
+        kept = tuple(replace(f, again=False) if isinstance(f, Accelerate) else f for f in features)
+        made.model_options["transformer_options"][FEATURES] = kept
+    return made
 
 
 def timed(act: Callable[[], Any], model: Any) -> float:
@@ -137,6 +147,7 @@ def events(model: Any, job: Job, steps: int, found: Found, progress: Progress) -
         found.outcome = until(watched, job, steps, progress, meter.end_step)
         found.record = latest_record(watched)
     found.run = meter
+    found.evaluations = meter.evaluations / max(1, meter.step)
     if found.outcome is not None:
         found.outcome.peak_bytes = found.outcome.peak_bytes or peak(device)
 
@@ -184,7 +195,8 @@ def count(model: Any, job: Job, progress: Progress) -> Found:
     try:
         shapes = Shapes(plain, arch)
         plain.add_object_patch("diffusion_model.forward", shapes)
-        until(metered(plain), job, 1, progress)
+        with hooked(plain, (WrappersMP.PREDICT_NOISE, shapes.meter.predict_noise)) as watched:
+            until(watched, job, 1, progress)
         return Found(shapes.meter, "shapes")
     except Untold as error:
         why = str(error)
@@ -208,9 +220,12 @@ def traced(model: Any, job: Job, steps: int, asked: Asked, found: Found, progres
     activities = [torch.profiler.ProfilerActivity.CPU]
     if model.load_device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profiler:
-        found.outcome = until(metered(model), job, steps, progress)
+    tally = Meter(None)
+    counting = hooked(model, (WrappersMP.PREDICT_NOISE, tally.predict_noise))
+    with counting as watched, torch.profiler.profile(activities=activities) as profiler:
+        found.outcome = until(watched, job, steps, progress)
         synchronize(model.load_device)
+    found.evaluations = tally.evaluations / steps
     if asked.trace is not None:
         asked.trace.parent.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(asked.trace))

@@ -45,6 +45,7 @@ class Meter:
     calls: list[dict[str, Any]] = field(default_factory=list)  # of the network: step, roles, rows
     blocks: dict[int, set[int]] = field(default_factory=lambda: defaultdict(set))  # call -> blocks computed in it
     extra: float = 0.0  # FLOPs that no hook told
+    evaluations: int = 0  # predictions that the sampler asked for
     step: int = 0
     ends: list[float] = field(default_factory=list)  # of the steps, by a clock of its own; the beginning first
     handles: list[Any] = field(default_factory=list)
@@ -163,6 +164,7 @@ class Meter:
     def predict_noise(self, executor, *args, **kwargs):
         """PREDICT_NOISE wrapper."""
         self.begin()
+        self.evaluations += 1
         return executor(*args, **kwargs)
 
     def apply_model(self, executor, *args, **kwargs):

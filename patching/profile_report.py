@@ -78,7 +78,12 @@ def around(told: dict[str, Any]) -> float:
     return once / (once + step * told["schedule"]) if once and step else 0.0
 
 
-def summed(meter: Meter | None, steps: int = 1) -> dict[str, Cell]:
+def scale(found: Found) -> float:
+    """Evaluations of a step, over those that were counted."""
+    return found.evaluations / max(1, found.counted.evaluations)
+
+
+def summed(meter: Meter | None, steps: float = 1) -> dict[str, Cell]:
     """By kind, of one step on average."""
     made = {kind: Cell() for kind in KINDS}
     for (_, kind, _), cell in meter.cells.items() if meter is not None else ():
@@ -95,13 +100,13 @@ def called(found: Found) -> dict[str, Any]:
 
 
 def totals(found: Found) -> dict[str, Any]:
-    counted = summed(found.counted)
+    counted = summed(found.counted, 1 / scale(found))
     seconds = found.run.seconds if found.run is not None else []
     plain = sum(found.plain) / len(found.plain) if found.plain else None
     step = sum(seconds) / len(seconds) if seconds else sum(found.operators.values()) or None
     flops = sum(cell.flops for cell in counted.values())
     executed = sum(c.flops for c in summed(found.run, max(1, len(seconds))).values()) if found.run else None
-    told = flops - found.counted.extra  # what the hooks of the run tell, too
+    told = flops - found.counted.extra * scale(found)  # what the hooks of the run tell, too
     share = None if executed is None or told <= 0 else round(executed / told, 6)
     return {
         "step_flops": flops,
@@ -116,7 +121,7 @@ def totals(found: Found) -> dict[str, Any]:
 
 def classes(found: Found) -> dict[str, Any]:
     """By kind of operator: of a step's arithmetic as it is without caches, and of the measured time."""
-    counted, steps = summed(found.counted), max(1, len(found.run.seconds)) if found.run else 1
+    counted, steps = summed(found.counted, 1 / scale(found)), max(1, len(found.run.seconds)) if found.run else 1
     timed = {k: c.seconds for k, c in summed(found.run, steps).items()}
     timed = {**dict.fromkeys(KINDS, 0.0), **found.operators} if found.operators else timed
     time, arithmetic = shares(timed), shares({k: c.flops for k, c in counted.items()})
@@ -134,7 +139,7 @@ def by_block(found: Found, count: int) -> list[dict[str, Any]]:
     """Of a step: seconds with everything inside of the block, and FLOPs."""
     seconds, flops = defaultdict(float), defaultdict(float)
     for (_, kind, block), cell in found.counted.cells.items():
-        flops[block] += cell.flops if kind != "profiler" else 0.0
+        flops[block] += cell.flops * scale(found) if kind != "profiler" else 0.0
     steps = len(found.run.seconds) if found.run else 0
     for (_, kind, block), cell in found.run.cells.items() if found.run else ():
         seconds[block] += cell.seconds / max(1, steps) if kind != "profiler" else 0.0
@@ -154,7 +159,7 @@ def lengths(found: Found) -> list[dict[str, Any]]:
         {
             "queries": q,
             "keys": k,
-            "calls": meter.lengths[q, k],
+            "calls": round(meter.lengths[q, k] * scale(found), 2),
             "share": round(meter.pairs[q, k] / total, 6) if total else None,
         }
         for q, k in ordered
@@ -193,6 +198,13 @@ def notes(told: dict[str, Any], found: Found) -> list[str]:
         made.append(
             f"{told['computed_share']:.0%} of the arithmetic was computed; the nodes on this MODEL saved the rest"
         )
+    if told["computed_share"] is not None and told["computed_share"] > 1.005:
+        made.append(
+            f"{told['computed_share']:.0%} of the arithmetic of the bare network was computed: context windows that overlap, or "
+            "other patches, call it for more"
+        )
+    if found.evaluations != 1:
+        made.append(f"a step asks the model {found.evaluations:.4g} times, and is told as so many evaluations")
     for feature in found.record.get("features", ()):
         pairs = feature["facts"].get("pairs_fraction", 1.0)
         if pairs < 1:
@@ -220,7 +232,7 @@ def lines(told: dict[str, Any]) -> list[str]:
     for row in told["attention"]:
         share = "" if row["share"] is None else f", {row['share']:.1%} of its arithmetic"
         made.append(
-            f"attention of {row['queries']:,} queries and {row['keys']:,} keys: {row['calls']} calls a step{share}"
+            f"attention of {row['queries']:,} queries and {row['keys']:,} keys: {row['calls']:g} calls a step{share}"
         )
     made.append(held(told))
     made += [f"{name}: {seconds:.4g} s once a picture" for name, seconds in told["outside"].items()]

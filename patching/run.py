@@ -78,6 +78,10 @@ class Feature:
         """In words, before anything is sampled: what it will do. Blocks and schedule are told apart."""
         return feature_words(self)
 
+    def foreseen(self, others: tuple["Feature", ...], model: Any) -> tuple[list[str], list[str]]:
+        """(declined, refused) beside the other features on this ModelPatcher, in sentences, before anything is sampled."""
+        return [], []
+
     def bypassed(self, run: "Run", facts: dict[str, Any]) -> str:
         """A sentence where others did, in the finished run, what was this feature's to do: who, and the remedy."""
         return ""

@@ -20,7 +20,7 @@ def job_of(model, spec, steps=4, cfg=3.0):
 
 def profiled(model, spec, steps=4, cfg=3.0, **inputs):
     given = vars(job_of(model, spec, steps, cfg))
-    made, text, report, image = run_node(ProfileModel, model=model, **given, **{"steps": 0, **inputs})
+    made, text, report, image = run_node(ProfileModel, model=model, **{**given, "steps": 0, **inputs})
     assert made is model and json.loads(json.dumps(report, allow_nan=False)) == report
     assert text.splitlines() == report["lines"] and image.ndim == 4 and image.std() > 0.05
     return report

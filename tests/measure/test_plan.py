@@ -1,26 +1,35 @@
 """Plan: what is on a MODEL, whoever put it there, is told before a run, in the order in which it then acts."""
 
 import json
+import re
 from dataclasses import replace
 
 import comfy.context_windows as context_windows
 import comfy_extras.nodes_context_windows as windows
 import comfy_extras.nodes_easycache as easycache
 import pytest
+import torch
 from attention_helper import Exact, Foreign
 from attention_helper import plan as attention_plan
-from comfy.patcher_extension import WrappersMP
+from comfy.patcher_extension import CallbacksMP, WrappersMP
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from nodes_helper import Job, facts, model_of, run_node, taylor
 from quantized_helper import LAYER, folder, lora, quantized, with_lora  # noqa: F401 - a fixture
 from tiny_models import empty_latent
 
+import folder_paths  # isort: skip
+
 from tessera import archs
+from tessera.methods.measure import stack_files
+from tessera.methods.measure.stack_files import StackProfile
 from tessera.nodes.attention.local_window_attention import LocalWindowAttention
 from tessera.nodes.attention.window_attention_3d import WindowAttention3d
 from tessera.nodes.cache.dynamic_tokens import DynamicTokens
+from tessera.nodes.measure.accelerate import Accelerate
 from tessera.nodes.measure.plan import Plan
 from tessera.patching import plan_words as words
+from tessera.patching import stacks
+from tessera.patching.sizes import fingerprint
 
 
 def planned(model, **inputs):
@@ -190,6 +199,61 @@ def test_everything_that_others_put_by_hand():
     assert [r["order"] for r in report["rows"]] == [*range(1, len(report["rows"]) + 1)]
     assert [*dict.fromkeys(r["stage"] for r in report["rows"])] == [s for s in words.STAGES if names(report, stage=s)]
     assert any("put its own forward" in s for s in report["conflicts"])
+
+
+def test_callbacks_options_and_compiled_parts_of_others():
+    model, _ = model_of("flux")
+    hand = foreign_pack("Other")
+    model.add_callback_with_key(CallbacksMP.ON_PRE_RUN, "theirs", hand)
+    model.add_callback(CallbacksMP.ON_LOAD, hand)
+    model.set_attachments("their data", hand)
+    model.set_model_compute_dtype(torch.bfloat16)
+    model.set_model_sampler_post_cfg_function(hand, disable_cfg1_optimization=True)
+    model.set_model_input_block_patch(hand)
+    model.model_options["their_option"] = hand
+    part = torch.compile(model.get_model_object("diffusion_model.img_in"), backend="eager")
+    model.add_object_patch("diffusion_model.img_in", part)
+    report = planned(easycache.EasyCacheNode.execute(model, 0.2, 0.15, 0.95, False)[0])
+    told = {(r["stage"], r["name"], r["does"]) for r in report["rows"]}
+    own = "foreign_pack.guided"
+    assert {
+        ("run", own, 'callback on_pre_run ("theirs")'), ("weights", own, "callback on_load_after (without a key)"),
+        ("run", "their data", "data kept on the MODEL, which its owner reads"),
+        ("run", "bfloat16", "in place of manual_cast_dtype"), ("blocks", own, "patch input_block_patch"),
+        ("step", "their_option", "an option of the MODEL that its owner reads"),
+        ("blocks", "torch.compile", "in place of diffusion_model.img_in"),
+    } <= told  # fmt: skip
+    assert "disable_cfg1_optimization" in names(report, stage="step")
+    assert any("torch.compile beside core's EasyCache" in s for s in report["conflicts"])
+
+
+def accelerated(model, **inputs):
+    return run_node(Accelerate, model=model, **inputs)[0]
+
+
+def test_accelerate_says_what_it_will_try_or_apply(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
+    model, spec = model_of("flux")
+    report = planned(accelerated(model))
+    (row,) = report["rows"]
+    assert "tries caches and sparse attention (from 1,024 image tokens on) in up to 12 whole runs" in row["does"]
+    assert "the fastest stack with an SSIM of 0.9 or more" in row["does"] and not report["declined"]
+    assert "2× faster" in planned(accelerated(model, goal="a wanted speed-up"))["rows"][0]["does"]
+    (declined,) = planned(taylor(accelerated(model)))["declined"]
+    assert declined.startswith("Accelerate will try no caches: Taylor Cache found") and "Plan lists" not in declined
+    stack = {"cache": stacks.taylor(3, 2, 8, "last_block")}
+    mine = fingerprint(model.model.diffusion_model)
+    made = StackProfile(stack, mine, "Flux", "sample_euler", 8, [1], {"ssim": 0.9})
+    stack_files.save(tmp_path / stack_files.FOLDER, "shared", made)
+    report = planned(accelerated(model, profile="shared"))
+    assert report["rows"][0]["does"].startswith(
+        "applies Taylor Cache 3, order 2, of profile shared (made for 8 steps of euler)"
+    )
+    assert not report["refused"]
+    for wrong in (accelerated(taylor(model), profile="shared"), accelerated(model_of("wan_meta")[0], profile="shared")):
+        (refused,) = planned(wrong)["refused"]
+        with pytest.raises(ValueError, match=re.escape(refused)):
+            Job(spec if "Taylor" in refused else model_of("wan_meta")[1])(wrong)
 
 
 def test_a_refused_combination_points_at_plan():

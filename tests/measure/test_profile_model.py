@@ -5,6 +5,7 @@ import json
 import time
 
 import comfy.model_management
+import comfy.samplers
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
@@ -19,6 +20,7 @@ import folder_paths  # isort: skip
 
 from tessera import archs
 from tessera.nodes.attention.local_window_attention import LocalWindowAttention
+from tessera.nodes.measure.accelerate import Accelerate
 from tessera.patching import profile as m
 from tessera.patching.profile_shapes import ShapeMeter
 
@@ -86,6 +88,30 @@ def test_separate_guidance_is_told(monkeypatch):
     assert (apart["conditions"], apart["rows"], apart["network_calls"]) == ("separate", [1, 1], 2)
     assert apart["step_flops"] == pytest.approx(joined["step_flops"], rel=1e-6)
     assert [s["kind"] for s in apart["steps"]] == ["full"] * 4
+
+
+@pytest.mark.parametrize("mode", ["events", "analytic"])
+def test_samplers_that_ask_several_times_a_step(mode, monkeypatch):
+    model, spec = model_of("flux")
+    one = profiled(model, spec, mode="analytic")
+    heun = comfy.samplers.sampler_object("heun")
+    two = profiled(model, spec, mode=mode, sampler=heun)
+    assert two["step_flops"] == pytest.approx(one["step_flops"] * 7 / 4, rel=1e-6)  # the last step asks once
+    assert two["attention"][0]["calls"] == one["attention"][0]["calls"] * 7 / 4
+    assert two["computed_share"] == (pytest.approx(1, abs=1e-3) if mode == "events" else None)
+    assert any("asks the model 1.75 times" in note for note in two["notes"])
+    assert sum(row["flops"] for row in two["by_block"]) == pytest.approx(
+        sum(r["flops"] for r in one["by_block"]) * 7 / 4
+    )
+
+
+def test_what_accelerate_chose_is_measured_and_not_its_trials(monkeypatch, tmp_path):
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
+    model, spec = model_of("flux")
+    chooses = run_node(Accelerate, model=model, again=True, trials=4, min_ssim=0.0)[0]
+    report = profiled(chooses, spec, steps=8)
+    assert report["network_calls"] == 1 and [s["calls"] for s in report["steps"]] == [1] * 8
+    assert report["computed_share"] <= 1.001
 
 
 @pytest.mark.parametrize("level", ["last_block", "output"])
