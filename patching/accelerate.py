@@ -107,7 +107,7 @@ class Accelerate(ChoosingFeature):
             refused.append(OTHER_MODEL.format(name=name, architecture=profile.architecture))
         try:
             for feature in stacks.features_of_stack(profile.stack, None):
-                check(others, feature, model)
+                joins(others, feature, model)
         except ValueError as sentence:
             refused.append(str(sentence))
         return [], refused
