@@ -1,10 +1,10 @@
 """What every accelerator costs and saves on the digit models: score, SSIM and latent error against computed work, from the
 same noise. Writes docs/fidelity.json, the charts in web/docs/fidelity, and the tables of docs/fidelity.md and README.md.
 
-    python bootstrap/fidelity.py [--samples 40] [--steps 25] [--kinds image,video] [--threads 1] [--pages] [--cache FOLDER]
+    python bootstrap/fidelity.py [--samples 32] [--steps 25] [--kinds image,video] [--threads 1] [--pages] [--cache FOLDER]
 
-Work is counted, not timed: floating point operations of matrix products and attention in one run. --pages only writes the pages from docs/fidelity.json. Finished runs are kept in --cache, so that an interrupted
-measurement goes on."""
+Work is counted, not timed: floating point operations of matrix products and attention in one run. --pages only writes the
+pages from docs/fidelity.json. Finished runs are kept in --cache, so that an interrupted measurement goes on."""
 
 import argparse
 import hashlib
@@ -27,7 +27,7 @@ from pack import ROOT, load_pack, use_comfyui
 from torch.utils.flop_counter import FlopCounterMode
 
 RECORD = ROOT / "docs/fidelity.json"
-SAMPLES, STEPS = 40, 25
+SAMPLES, STEPS = 32, 25
 SOURCES = ("archs", "kernels", "methods", "nodes", "patching")
 
 
@@ -92,12 +92,11 @@ class Lab:
 
     def weights(self, point: Point) -> float | None:
         """Bytes of a quantized model's file as a share of the plain one's."""
-        file = self.folder / f"{point.inputs.get('format')}.safetensors"
-        return (
-            round(file.stat().st_size / (ROOT / "models" / digits.FILES[self.kind]).stat().st_size, 3)
-            if file.exists()
-            else None
-        )
+        if point.node != "TesseraQuantizeModel":
+            return None
+        self.made(point)  # the run may have been kept from before, and its file not
+        file, plain = self.folder / f"{point.inputs['format']}.safetensors", ROOT / "models" / digits.FILES[self.kind]
+        return round(file.stat().st_size / plain.stat().st_size, 3)
 
     def read(self, latents: torch.Tensor):
         from tessera.methods.digits import codec

@@ -132,6 +132,7 @@ def test_quantized_weights_with_a_lora_beside_them(format, owner):
     assert (held["name"], held["owner"]) == ("Quantized weights", owner)
     count = sum(hasattr(getattr(m, "weight", None), "_layout_cls") for m in packed.model.diffusion_model.modules())
     assert held["does"].startswith(f"{count} layers hold packed weights") and count > 4
+    assert held["does"].endswith(f"of format {'float8_e4m3fn' if format == 'fp8_e4m3' else format}")
     assert adapter["does"] == "1 weight at strength 1; kept beside the packed weights, exactly"
 
 
@@ -243,7 +244,8 @@ def test_accelerate_says_what_it_will_try_or_apply(tmp_path, monkeypatch):
     assert declined.startswith("Accelerate will try no caches: Taylor Cache found") and "Plan lists" not in declined
     stack = {"cache": stacks.taylor(3, 2, 8, "last_block")}
     mine = fingerprint(model.model.diffusion_model)
-    made = StackProfile(stack, mine, "Flux", "sample_euler", 8, [1], {"ssim": 0.9})
+    points = [{"name": "Taylor Cache 3, order 2", "ratio": 0.5, "loss": 0.04, "chosen": True}]
+    made = StackProfile(stack, mine, "Flux", "sample_euler", 8, [1], {"ssim": 0.9}, points)
     stack_files.save(tmp_path / stack_files.FOLDER, "shared", made)
     report = planned(accelerated(model, profile="shared"))
     assert report["rows"][0]["does"].startswith(
