@@ -40,6 +40,7 @@ node-assets: setup
 
 matrix: setup
 	$(RUN) bootstrap/attention_matrix.py
+	$(RUN) bootstrap/model_matrix.py
 
 attention-quality: setup
 	$(RUN) bootstrap/attention_quality.py
