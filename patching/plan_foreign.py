@@ -40,6 +40,7 @@ PLAIN_OPTIONS = {  # entries of model_options that are told elsewhere, or do not
 BOTH_PROMPTS = "disable_cfg1_optimization"
 CACHE_SETTINGS = ("reuse_threshold", "start_percent", "end_percent")
 KNOWN = {"patches", "patches_replace", "wrappers", "callbacks", OVERRIDE, FEATURES, LEDGER, RUN}
+CODECS = {"table4": "4-bit codes of a table", "table3": "3-bit codes of a table"}  # of our own packed weights
 BLOCK_PATCHES = re.compile("(double|single|input|output|middle)_(block|patch)|mlp|noise_refiner")
 
 
@@ -59,10 +60,11 @@ def packed(model: Any) -> list[Row]:
     for module in model.model.diffusion_model.modules():
         layout = getattr(getattr(module, "weight", None), "_layout_cls", None)
         if layout is not None:
-            kind = getattr(module, "quant_format", None) or layout
+            codec = getattr(getattr(module.weight, "_params", None), "codec", None)
+            kind = CODECS.get(codec, codec) or getattr(module, "quant_format", None) or layout
             found[kind, "Tessera" if layout in LAYOUTS or "Tessera" in str(layout) else "ComfyUI"] += 1
     return [
-        Row("weights", owner, "Quantized weights", f"{count} layers hold packed weights of format {kind}")
+        Row("weights", owner, "Quantized weights", f"{count} layers hold packed weights as {kind}")
         for (kind, owner), count in found.items()
     ]
 

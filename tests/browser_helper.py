@@ -1,6 +1,7 @@
 """What the browser tests ask of panels, and records that they draw."""
 
 import base64
+import time
 
 HOSTILE = "<img src=x onerror='window.broken = 1'><script>window.broken = 1</script>"
 LEVELS = (0.2, 0.6, 0.85, 0.93, 0.97)  # one share for each colour of the map
@@ -11,6 +12,9 @@ def texts(panel, selector):
 
 
 def newest_outputs(server):
+    """Of the run queued last, once its last node is done: a panel shows before the history has the run."""
+    while any(server.get("/queue").values()):
+        time.sleep(0.05)
     return max(server.get("/history").values(), key=lambda entry: entry["prompt"][0])["outputs"]
 
 

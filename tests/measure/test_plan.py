@@ -132,7 +132,7 @@ def test_quantized_weights_with_a_lora_beside_them(format, owner):
     assert (held["name"], held["owner"]) == ("Quantized weights", owner)
     count = sum(hasattr(getattr(m, "weight", None), "_layout_cls") for m in packed.model.diffusion_model.modules())
     assert held["does"].startswith(f"{count} layers hold packed weights") and count > 4
-    assert held["does"].endswith(f"of format {'float8_e4m3fn' if format == 'fp8_e4m3' else format}")
+    assert held["does"].endswith(f"as {'float8_e4m3fn' if format == 'fp8_e4m3' else '4-bit codes of a table'}")
     assert adapter["does"] == "1 weight at strength 1; kept beside the packed weights, exactly"
 
 
