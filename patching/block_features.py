@@ -24,6 +24,7 @@ MEMORIES = ("keys", "frames")
 class VideoBlocks(Feature):
     """One application of the node. per_block, sink: frames; window: blocks."""
 
+    for_sampler = True
     name: str = NAME
     per_block: int = 3
     window: int = 0

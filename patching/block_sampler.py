@@ -54,9 +54,9 @@ class BlockSampler(comfy.samplers.Sampler):
             raise ValueError(
                 f"{self.name} needs a video latent [B, C, T, H, W], got {[*noise.shape]}; connect an empty video latent."
             )
-        if len(sigmas) < 2 or float(sigmas[-1]) != 0:
+        if len(sigmas) < 2 or float(sigmas[-1]) != 0 or not (sigmas[:-1] > 0).all():
             raise ValueError(
-                f"{self.name} needs sigmas that end at 0, because a finished block is what the next one goes on from; got "
+                f"{self.name} needs sigmas above 0 that end at 0, because a finished block is what the next one goes on from; got "
                 f"{[round(float(s), 4) for s in sigmas]}."
             )
         if model_options.get("context_handler") is not None:

@@ -38,14 +38,10 @@ class KeyMemory(BlockMemory):
             None  # transformer blocks, heads and their width, where they are known
         )
         self.most = 0  # bytes held, at most
-        self.tokens = 0  # of a frame
-
-    @property
-    def frames(self) -> int:
-        """Finished frames that are looked back on."""
-        return sum(chunk.frames for chunk in self.chunks.values())
+        self.frames = 0  # finished ones that the newest block looks back on
 
     def open(self, options: dict[str, Any], block: Block) -> None:
+        self.frames = sum(chunk.frames for number, chunk in self.chunks.items() if number != block.number)
         if self.rope is None:
             own = {f"scale_{axis}": scale for axis, scale in zip("tyx", self.scales, strict=True)}
             theirs = options.get(ROPE)  # core's ScaleROPE node
@@ -81,7 +77,6 @@ class KeyMemory(BlockMemory):
                 f"{self.name} keeps the keys of {frames} frames of {grid and grid[1:]} tokens, and got {tokens} tokens: this model "
                 "puts others into the sequence, or a node on it leaves some out. Use memory frames, or take that node off."
             )
-        self.tokens = tokens // frames
         chunk = self.chunks.setdefault(block.number, Chunk(frames))
         for slot, (k, v) in rows.items():
             if (slot, place) not in chunk.pairs:  # guidance that asks a prompt twice asks the plain way first
@@ -99,7 +94,7 @@ class KeyMemory(BlockMemory):
             if not others:
                 raise ValueError(
                     f"{self.name}: no {'negative' if slot[0] else 'positive'} prompt was asked for in the pass over the finished "
-                    "block. Let guidance act on the whole schedule."
+                    "block. Let guidance act on the whole schedule, and go on with a state at the cfg that it was made with."
                 )
             found = chunk.pairs[others[0], place]
         return found
@@ -118,8 +113,16 @@ class KeyMemory(BlockMemory):
                 self.chunks[number] = self._first(self.chunks[number], frames)
 
     def _first(self, chunk: Chunk, frames: int) -> Chunk:
-        count = frames * self.tokens
-        return Chunk(frames, {key: (k.tokens(count), v.tokens(count)) for key, (k, v) in chunk.pairs.items()})
+        counts = {key: k.data.shape[2] // chunk.frames * frames for key, (k, _) in chunk.pairs.items()}
+        return Chunk(
+            frames, {key: (k.tokens(counts[key]), v.tokens(counts[key])) for key, (k, v) in chunk.pairs.items()}
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Of a frame, at most: prompts of an area have fewer."""
+        every = [(c, k) for c in self.chunks.values() for k, _ in c.pairs.values()]
+        return max((k.data.shape[2] // chunk.frames for chunk, k in every), default=0)
 
     def held_bytes(self) -> int:
         held = [part for chunk in self.chunks.values() for pair in chunk.pairs.values() for part in pair]
@@ -141,7 +144,7 @@ class KeyMemory(BlockMemory):
 
     def restore(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any], device: torch.device) -> None:
         for name in ("window", "sink", "stored"):
-            if facts.get(name) != getattr(self, name):
+            if name in facts and facts[name] != getattr(self, name):
                 raise ValueError(
                     f"{self.name}: the video state was kept with {name} {facts.get(name)!r}, and this one has "
                     f"{getattr(self, name)!r}. Set it to {facts.get(name)!r}."
@@ -161,7 +164,9 @@ class KeyMemory(BlockMemory):
 
     def _take(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any], device: torch.device | str) -> None:
         """Any of these errors where the state is not what `state` made."""
-        self.tokens, dtype = int(facts["tokens"]), getattr(torch, facts["dtype"])
+        dtype = getattr(torch, facts["dtype"])
+        if not {"window", "sink", "stored"} <= facts.keys():
+            raise KeyError("a setting")
         self.chunks = {int(number): Chunk(int(frames)) for number, frames in facts["frames"].items()}
         left = set(tensors)
         if not isinstance(dtype, torch.dtype):
@@ -175,18 +180,22 @@ class KeyMemory(BlockMemory):
             for what in "kv":
                 at = name[:-1] + what
                 held = Held(tensors[at], tensors.get(f"{at}.scale"), dtype)
-                if not held.made_by(STORED[self.stored]) or held.data.shape[2] != chunk.frames * self.tokens:
+                if not held.made_by(STORED[self.stored]) or held.data.shape[2] % chunk.frames:
                     raise ValueError(f"{at} {[*held.data.shape]}")
                 left -= {at, f"{at}.scale"}
                 pair.append(held.to(device))
             chunk.pairs[(role, nth), (block, call)] = pair[0], pair[1]
+        if self.tokens != int(facts["tokens"]):
+            raise ValueError(facts["tokens"])
         self._check(left)
 
     def _check(self, left: set[str]) -> None:
-        """ValueError where a prompt of a chunk lacks what another has, or names are left."""
-        parts, shapes = [], set()
+        """ValueError where a prompt of a chunk lacks what another has or is of several lengths, or names are left."""
+        parts, shapes, uneven = [], set(), False
         for chunk in self.chunks.values():
             parts += [{p for s, p in chunk.pairs if s == slot} for slot in {s for s, _ in chunk.pairs}] or [set()]
             shapes |= {(*x.data.shape[:2], x.data.shape[3]) for pair in chunk.pairs.values() for x in pair}
-        if left or len(shapes) != 1 or any(part != parts[0] for part in parts):
+            lengths = {(slot, x.data.shape[2]) for (slot, _), pair in chunk.pairs.items() for x in pair}
+            uneven = uneven or len(lengths) != len({slot for slot, _ in lengths})
+        if left or uneven or len(shapes) != 1 or any(part != parts[0] for part in parts):
             raise ValueError(f"{sorted(left)[:1]} {sorted(shapes)}")

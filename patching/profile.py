@@ -18,7 +18,7 @@ from .plan_foreign import compiled
 from .profile_meter import Meter
 from .profile_shapes import CountingMeter, Shapes, Untold
 from .report import latest_record
-from .run import FEATURES, features_of, sampler_name
+from .run import FEATURES, attach, features_of, sampler_name
 from .sampling import Job, Outcome, Progress, metered, peak, sample, synchronize
 
 MODES = ("events", "analytic", "trace")
@@ -208,10 +208,14 @@ def count(model: Any, job: Job, progress: Progress) -> Found:
 
 
 def bare(model: Any) -> Any:
-    """The MODEL without anything that acts while sampling; its weights, and modules put in place of others, stay."""
+    """The MODEL without anything that acts while sampling, but for what its sampler needs; its weights, and modules put in
+    place of others, stay."""
     plain = model.clone()
     plain.model_options = {"transformer_options": {}}
     plain.wrappers, plain.callbacks = {}, {}
+    for feature in features_of(model.model_options):
+        if feature.for_sampler:
+            plain = attach(plain, feature)
     return plain
 
 
@@ -223,8 +227,9 @@ def traced(model: Any, job: Job, steps: int, asked: Asked, found: Found, progres
     tally = Meter(None)
     counting = hooked(model, (WrappersMP.PREDICT_NOISE, tally.predict_noise))
     with counting as watched, torch.profiler.profile(activities=activities) as profiler:
-        found.outcome = until(watched, job, steps, progress)
+        found.outcome = until(watched, job, steps, progress, tally.end_step)
         synchronize(model.load_device)
+    steps = tally.step or steps  # a sampler may make more of them than its schedule has, as those of blocks do
     found.evaluations = tally.evaluations / steps
     if asked.trace is not None:
         asked.trace.parent.mkdir(parents=True, exist_ok=True)

@@ -42,6 +42,7 @@ class Feature:
         False  # it puts keys beside those of the stack's calls, and says so in Forward.extra_keys or Forward.before
     )
     skips: ClassVar[bool] = False  # it may leave out part of an evaluation's work
+    for_sampler: ClassVar[bool] = False  # the SAMPLER of its node does not work without it
 
     def begin(self, run: "Run") -> Any:
         """The state of one sampling run. May raise ValueError where the node cannot act."""

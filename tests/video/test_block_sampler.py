@@ -110,8 +110,9 @@ def test_an_error_leaves_no_state(wan):
 
 
 def test_wrong_sigmas_and_latents_get_a_sentence(wan):
-    with pytest.raises(ValueError, match="end at 0"):
-        sampled(*wan, blocks(), sigmas=SIGMAS[:-1])
+    for wrong in (SIGMAS[:-1], SIGMAS[-1:], torch.tensor([0.0, 0.0]), torch.tensor([1.0, torch.nan, 0.0])):
+        with pytest.raises(ValueError, match="end at 0"):
+            sampled(*wan, blocks(), sigmas=wrong)
     flux = model_of("flux")
     with pytest.raises(ValueError, match="video latent"):
         sampled(*flux, blocks(), latent=empty_latent(flux[1]))

@@ -9,11 +9,13 @@ import pytest
 import torch
 from block_helper import SIGMAS, clip, euler, made, masked, node, sampled
 from nodes_helper import error, facts, kinds, model_of, run_node, taylor, watching
+from profile_helper import profiled
 from tiny_models import conds, load, write_checkpoint
 from tiny_specs import SPECS
 
 import comfy.sample  # isort: skip
 import comfy.samplers  # isort: skip
+import folder_paths  # isort: skip
 from comfy_extras.nodes_easycache import LazyCacheNode  # isort: skip
 from comfy.model_management import InterruptProcessingException  # isort: skip
 
@@ -247,3 +249,18 @@ def test_further_prompts_of_the_node(pair):
             node(pair[1], prompt_2=other, prompt_blocks=blocks)
     with pytest.raises(ValueError, match="must rise from 1"):
         node(pair[1], prompt_2=other, prompt_3=other, prompt_blocks="2, 2")
+
+
+@pytest.mark.parametrize("memory", ["keys", "frames"])
+def test_a_report_tells_what_the_last_block_looked_back_on(pair, memory):
+    patched, sampler, _ = node(pair[1], memory=memory, window_blocks=1)
+    sampled(patched, pair[2], sampler, frames=7)
+    assert facts(patched, "Block Video Sampler")["frames_kept"] == 2
+
+
+@pytest.mark.parametrize("mode", ["analytic", "events", "trace"])
+def test_profile_model_measures_its_blocks(pair, mode, tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
+    patched, sampler, _ = node(pair[1], sampler=euler())
+    told = profiled(patched, pair[2], mode=mode, sampler=sampler, latent={"samples": clip(pair[2], 6)})
+    assert {row["queries"] for row in told["attention"]} == {2 * 16}  # a block of 2 frames, not the clip

@@ -69,6 +69,8 @@ def test_keys_that_were_not_kept_so_get_a_sentence(part, change):
         _changed(state.snapshot, part, change),
         dataclasses.replace(state.snapshot, tensors={**state.snapshot.tensors, "junk": torch.zeros(1)}),
         dataclasses.replace(state.snapshot, facts={**state.snapshot.facts, "dtype": "load"}),
+        dataclasses.replace(state.snapshot, facts={**state.snapshot.facts, "frames": {"0": 3, "1": 1}}),
+        dataclasses.replace(state.snapshot, facts={}),
         dataclasses.replace(state.snapshot, tensors={}),
     ):
         patched, sampler, _ = node(model, state=VideoState(damaged), key_dtype="int8")

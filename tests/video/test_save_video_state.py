@@ -4,9 +4,11 @@ import pytest
 import torch
 from block_helper import euler, node, sampled
 from nodes_helper import model_of, run_node
+from tiny_models import conds
 from video_state_helper import FRAMES, own_folders, saved, stopped
 
 from tessera.nodes.video.load_video_state import LoadVideoState, names
+from tessera.patching import block_stop
 
 KINDS = [
     {},
@@ -76,3 +78,19 @@ def test_what_does_not_belong_is_refused(folders):
 def test_an_empty_state_is_refused(folders):
     with pytest.raises(ValueError, match="keep_state is off"):
         saved(node(model_of("wan_meta")[0])[2])
+
+
+@pytest.mark.parametrize("inputs", [{}, {"window_blocks": 1, "sink_frames": 1}], ids=["all", "behind a window"])
+def test_prompts_of_areas_go_on_bit_for_bit(inputs):
+    """Their keys have fewer tokens in a frame than those of the whole picture."""
+    model, spec = model_of("wan_meta")
+    (text, more), (other, others) = conds(spec)[0][0], conds(spec, 9)[0][0]
+    positive = [[text, {**more, "area": (4, 6, 0, 0)}], [other, {**others, "area": (4, 8, 2, 3)}], [other, others]]
+    found = []
+    for stop in (False, True):
+        patched, sampler, state = node(model, keep_state=True, **inputs)
+        end = (lambda step, x0, x, total: block_stop.stop() if step == 3 else None) if stop else None
+        found.append(sampled(patched, spec, sampler, frames=FRAMES, callback=end, positive=positive))
+    patched, sampler, _ = node(model, state=state, **inputs)
+    assert found[1].shape[2] == 5
+    assert torch.equal(sampled(patched, spec, sampler, frames=FRAMES, positive=positive), found[0])
