@@ -109,6 +109,7 @@ class RecordFeature(SharingFeature):
         block, clock, count = forward.block, forward.run.clock, len(forward.keys)
         found = layout(forward, block.spec.calls[nth % len(block.spec.calls)], queries, keys, 0)
         self.bank.images[block.number] = found.image if found is not None else None
+        self.bank.grid = forward.grid
         self.bank.keep((block.number, nth), clock.sigma, tuple(t.chunk(count)[rows[0]] for t in tensors))
 
 
@@ -142,6 +143,14 @@ class EditFeature(SharingFeature):
                 f"{_told(its, n)}. Give both the same sigmas."
             )
         return Shared(first)
+
+    def check_model(self, arch, diffusion_model) -> None:
+        count = len(positions(arch, diffusion_model)) if arch is not None else 0
+        if arch is not None and max(self.blocks, default=-1) >= count:
+            raise ValueError(
+                f"RF Edit has features of block {max(self.blocks)}, and this {arch.name} has blocks 0 to {count - 1}. Use the model "
+                "that RF Invert used."
+            )
 
     @property
     def shares(self) -> bool:
@@ -189,7 +198,13 @@ class EditFeature(SharingFeature):
         if own.shape[1:] != other.shape[1:]:
             raise ValueError(
                 f"RF Edit: block {block.number} has {own.shape[dim]} tokens here and had {other.shape[dim]} in RF Invert. Use the "
-                "same size of latent and prompts of the same length, and nodes that change tokens in both runs or in neither."
+                "same model, the same size of latent and prompts of the same length, and nodes that change tokens in both runs or "
+                "in neither."
+            )
+        if None not in (forward.grid, self.bank.grid) and forward.grid != self.bank.grid:  # as many tokens, elsewhere
+            raise ValueError(
+                f"RF Edit: this latent has {_by(forward.grid)} tokens, and that of RF Invert had {_by(self.bank.grid)}. Use the same "
+                "size of latent."
             )
         if self.tokens == "image" and image is None:
             raise ValueError("RF Edit does not know which tokens of this model are the image's. Set tokens to all.")
@@ -208,6 +223,10 @@ class EditFeature(SharingFeature):
         if self.inactive or not facts:
             return self.inactive
         return f"{facts['what']} of the source in {facts['calls']} attention calls, in {facts['steps']} steps"
+
+
+def _by(grid: tuple[int, ...] | None) -> str:
+    return " x ".join(map(str, grid or ()))
 
 
 def _told(sigmas, n: int) -> str:

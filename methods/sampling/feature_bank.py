@@ -20,6 +20,7 @@ class Bank:
     what: str = "v"
     dtype: str = "model"
     images: dict[int, slice | None] = field(default_factory=dict)  # image tokens among all, by block
+    grid: tuple[int, ...] | None = None  # of the source's tokens, where it is known
     seen: set[float] = field(default_factory=set)  # sigmas that the recorded run asked for
     kept: dict[tuple[int, int], dict[float, tuple[Kept, ...]]] = field(default_factory=dict)
 

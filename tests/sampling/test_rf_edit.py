@@ -201,3 +201,20 @@ def test_mixing():
     part = mixed(own, other, 0.25, 2, slice(2, 5))
     assert torch.equal(part[:, :, :2], own[:, :, :2]) and torch.equal(part[:, :, 5:], own[:, :, 5:])
     torch.testing.assert_close(part[:, :, 2:5], 0.75 * own[:, :, 2:5] + 0.25 * other[:, :, 2:5])
+
+
+def test_features_of_a_latent_turned_by_a_quarter_are_refused():
+    """It has as many tokens, but in other places."""
+    model, spec = model_of("flux")
+    _, bank = record(model, spec)
+    guider = guider_of(edit(model, bank), *conds(spec, 5), 1.0)
+    turned = torch.zeros(spec.latent).transpose(2, 3)
+    with pytest.raises(ValueError, match="1 x 6 x 4 tokens, and that of RF Invert had 1 x 4 x 6"):
+        sample(guider, run_node(RfSolverSampler)[0], SIGMAS, turned, noise=Noise_EmptyNoise())
+
+
+def test_features_of_another_model_are_refused():
+    _, bank = record(*model_of("flux"))
+    model, spec = model_of("sd3")
+    with pytest.raises(ValueError, match="features of block 3, and this Stable Diffusion 3 has blocks 0 to 1"):
+        edit(model, bank)
