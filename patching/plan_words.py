@@ -113,9 +113,7 @@ def called(thing: Any) -> tuple[str, str]:
     """(owner, name) of a function or an object that somebody put on a MODEL."""
     while isinstance(thing, functools.partial):
         thing = thing.func
-    if isinstance(
-        thing, MethodType
-    ):  # a method is its object's; a function bound to a block from outside is its writer's
+    if isinstance(thing, MethodType):  # its object's, or that of who bound a function of theirs to the object
         own = getattr(type(thing.__self__), thing.__name__, None) is thing.__func__ or isinstance(thing.__self__, type)
         thing = thing.__self__ if own else thing.__func__
     elif not isinstance(thing, type):
