@@ -91,12 +91,12 @@ class Lab:
         return json.loads(path.read_text())
 
     def weights(self, point: Point) -> float | None:
-        """Bytes of a quantized model's file as a share of the plain one's."""
+        """Bytes of a quantized model's weights as a share of the plain file's."""
         if point.node != "TesseraQuantizeModel":
             return None
         self.made(point)  # the run may have been kept from before, and its file not
         file, plain = self.folder / f"{point.inputs['format']}.safetensors", ROOT / "models" / digits.FILES[self.kind]
-        return round(file.stat().st_size / plain.stat().st_size, 3)
+        return round(share_of_bytes(file, plain), 3)
 
     def read(self, latents: torch.Tensor):
         from tessera.methods.digits import codec
@@ -128,6 +128,22 @@ class Lab:
                 "work": round(work, 4), "weights": self.weights(point), "score": round(float(right[1].float().mean()), 4),
                 "difference": [round(x, 4) for x in (middle, low, high)], "ssim": round(sum(alike) / len(alike), 5),
                 "ssim_worst": round(min(alike), 5), "latent_error": round(float(apart.median()), 5)}  # fmt: skip
+
+
+def share_of_bytes(file: Path, plain: Path) -> float:
+    """Tensors that a quantized file keeps count as the plain one stores them: ComfyUI loads bf16 as fp32 on a CPU."""
+    packed, whole = header(file), header(plain)
+    kept = {name for name, (kind, shape, _) in packed.items() if kind == "F32" and whole.get(name, "  ")[1] == shape}
+    total = sum((whole if name in kept else packed)[name][2] for name in packed)
+    return total / sum(size for *_, size in whole.values())
+
+
+def header(path: Path) -> dict[str, tuple[str, list[int], int]]:
+    """Of each tensor of a safetensors file its type, shape and bytes."""
+    with path.open("rb") as file:
+        told = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    told.pop("__metadata__", None)
+    return {name: (t["dtype"], t["shape"], t["data_offsets"][1] - t["data_offsets"][0]) for name, t in told.items()}
 
 
 def ssims(plain: torch.Tensor, other: torch.Tensor) -> list[float]:

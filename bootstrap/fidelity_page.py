@@ -11,6 +11,9 @@ CHARTS = HELP / "fidelity"
 BEGIN, END = "<!-- fidelity -->\n", "<!-- end of fidelity -->\n"
 NAMES = {"image": "Pictures", "video": "Clips"}
 BOX = {"left": 52, "top": 30, "width": 300, "height": 200, "gap": 70, "below": 46}
+PAPER = "#fafaf7"
+HALO = f'stroke="{PAPER}" stroke-width="2" paint-order="stroke"'  # what lies under a name does not cross it
+CHARACTER = 5.8  # pixels of width, at most on average
 INK, DIM, MINE, FRONT = "#1c1c1e", "#8a8a8e", "#d9480f", "#0b6ebe"
 
 
@@ -91,7 +94,7 @@ def chart(report: dict[str, Any], node: str) -> str:
     across = BOX["left"] + len(kinds) * (BOX["width"] + BOX["gap"])
     tall = BOX["top"] + BOX["height"] + BOX["below"]
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {across} {tall}" font-family="sans-serif" font-size="11">',
-             f'<rect width="{across}" height="{tall}" fill="#fafaf7"/>']  # fmt: skip
+             f'<rect width="{across}" height="{tall}" fill="{PAPER}"/>']  # fmt: skip
     for n, kind in enumerate(kinds):
         parts += field(kind, node, BOX["left"] + n * (BOX["width"] + BOX["gap"]))
     return "\n".join([*parts, "</svg>", ""])
@@ -109,8 +112,8 @@ def field(kind: dict[str, Any], node: str, left: int) -> Iterable[str]:
         at = top + part * height
         yield f'<line x1="{left}" x2="{left + width}" y1="{at}" y2="{at}" stroke="#e1e1de"/>'
         yield f'<text x="{left - 5}" y="{at + 4}" text-anchor="end" fill="{DIM}">{part * worst:.2f}</text>'
-        along = left + part * width
-        yield f'<text x="{along}" y="{top + height + 15}" text-anchor="middle" fill="{DIM}">{part * most:.0%}</text>'
+        along = left + part / most * width
+        yield f'<text x="{along:.1f}" y="{top + height + 15}" text-anchor="middle" fill="{DIM}">{part:.0%}</text>'
     yield f'<text x="{left}" y="{top + height + 34}" fill="{DIM}">computed work, left is less · 1 - SSIM, down is worse</text>'
     leading = sorted((r for r in rows if not any(_beats(o, r) for o in rows)), key=lambda r: r["work"])
     path = " ".join(f"{x(r):.1f},{y(r):.1f}" for r in leading)
@@ -119,10 +122,34 @@ def field(kind: dict[str, Any], node: str, left: int) -> Iterable[str]:
         mine = row["node"] == node
         name = escape(f"{row['title']}, {row['setting']}: work {row['work']:.1%}, SSIM {row['ssim']:.3f}")
         yield f'<circle cx="{x(row):.1f}" cy="{y(row):.1f}" r="{4.5 if mine else 3}" fill="{MINE if mine else "#c4c4c8"}"><title>{name}</title></circle>'
-        if mine:
-            turned = x(row) > left + 0.6 * width
-            yield (f'<text x="{x(row) + (-7 if turned else 7):.1f}" y="{y(row) - 5:.1f}" text-anchor="{"end" if turned else "start"}" '
-                   f'fill="{INK}">{escape(plain_words(row["setting"]))}</text>')  # fmt: skip
+    yield from labels([(x(r), y(r), plain_words(r["setting"])) for r in rows if r["node"] == node], left)
+
+
+def labels(points: list[tuple[float, float, str]], left: int) -> Iterable[str]:
+    """The name of each point (x, y, name) where it covers neither another name nor a point; a line leads to one far off."""
+    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y, _ in points]
+    floor, end = BOX["top"] + BOX["height"], left + BOX["width"] + BOX["gap"] - 34  # where the next axis begins
+    for x, y, name in sorted(points):
+        wide = CHARACTER * len(name)
+        sides = (x + 8, x - 8 - wide, max(left, min(x - wide / 2, end - wide)))  # right, left, above or below
+        places = [(at, y + 4 + shift) for away in range(0, 200, 4) for shift in (-away, away) for at in sides]
+        inside = [(at, base) for at, base in places if left <= at <= end - wide and BOX["top"] <= base <= floor]
+        free = [spot for spot in inside if not any(_overlap(_box(*spot, wide), other) for other in taken)]
+        at, base = (free or inside or places)[0]
+        taken.append(_box(at, base, wide))
+        anchor, edge = ("start", at) if at > x else ("end", at + wide) if at + wide < x else ("middle", at + wide / 2)
+        if abs(base - 4 - y) > 16:
+            near = min(max(x, at), at + wide)
+            yield f'<line x1="{x:.1f}" y1="{y:.1f}" x2="{near:.1f}" y2="{base - 4:.1f}" stroke="{DIM}" stroke-width="0.6"/>'
+        yield f'<text x="{edge:.1f}" y="{base:.1f}" text-anchor="{anchor}" fill="{INK}" {HALO}>{escape(name)}</text>'
+
+
+def _box(at: float, base: float, wide: float) -> tuple[float, float, float, float]:
+    return at, base - 10, at + wide, base + 4
+
+
+def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def plain_words(setting: str) -> str:

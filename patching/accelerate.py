@@ -48,8 +48,11 @@ class Chosen(Feature):
     def line(self, facts: dict[str, Any]) -> str:
         if not facts:
             return ""
-        how = f"{facts['trials']} trial runs" if facts["trials"] else f"profile {facts['profile']}"
+        runs = f"{facts['trials']} trial run{'s' if facts['trials'] != 1 else ''}"
+        how = runs if facts["trials"] else f"profile {facts['profile']}"
         note = f"; {facts['note']}" if facts.get("note") else ""
+        if not facts["stack"] and len(facts["front"]) < 2 and not note:
+            return f"plain: {stacks.NOTHING} ({how})"
         if not facts["stack"]:
             return f"plain: no stack was faster within the goal ({how}){note}"
         found = f"{facts['speedup']:.2f}× faster at {facts['judged']} SSIM {facts['similarity']:.3f}"

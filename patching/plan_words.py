@@ -4,6 +4,7 @@ import functools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, is_dataclass
+from types import MethodType
 from typing import Any
 
 import torch
@@ -112,7 +113,11 @@ def called(thing: Any) -> tuple[str, str]:
     """(owner, name) of a function or an object that somebody put on a MODEL."""
     while isinstance(thing, functools.partial):
         thing = thing.func
-    thing = getattr(thing, "__self__", None) or thing if not isinstance(thing, type) else thing
+    if isinstance(thing, MethodType):  # its object's, or that of who bound a function of theirs to the object
+        own = getattr(type(thing.__self__), thing.__name__, None) is thing.__func__ or isinstance(thing.__self__, type)
+        thing = thing.__self__ if own else thing.__func__
+    elif not isinstance(thing, type):
+        thing = getattr(thing, "__self__", None) or thing
     described = thing if isinstance(thing, type) or hasattr(thing, "__qualname__") else type(thing)
     name = getattr(described, "__qualname__", "") or type(thing).__name__
     return owner_of(getattr(described, "__module__", "") or ""), name.replace(".<locals>", "")

@@ -20,6 +20,9 @@ ORDERS = (1, 2)  # 2 follows curves that 1 cuts
 TOPK = (0.5, 0.3, 0.2)
 REACHES = (2, 3, 4)  # parts of the picture's longer side that a window's radius takes
 FEWEST_TOKENS = 1024  # of an image, below which sparse attention is not tried
+NOTHING = (
+    f"nothing can be tried here; caches are from 6 steps on, sparse attention from {FEWEST_TOKENS:,} image tokens on"
+)
 LEVELS = {"last_block": StackCache, "output": OutputCache}
 KIND = {"taylor": "cache", "sparse_linear": "attention", "local_window": "attention", "packed": "weights"}
 

@@ -8,7 +8,7 @@ import { progress, Runs } from "./runs.mjs?v=0.1.0";
 
 export const TAB = "tessera";
 const EMPTY =
-  "Drag a Tessera node, for example Taylor Cache (Tessera / cache), between Load Diffusion Model and KSampler, and run the " +
+  "Drag a Tessera node, for example Accelerate (Tessera / measure), between Load Diffusion Model and KSampler, and run the " +
   "workflow: what it did at every step shows here.";
 
 export class Sidebar {

@@ -62,6 +62,10 @@ class Compare(io.ComfyNode):
     @classmethod
     def execute(cls, model_a, model_b, positive, negative, latent, noise, sampler, sigmas, cfg, repeats, decode,
                 vae=None, more=None, labels="", save_as=""):  # fmt: skip
+        if model_a is None or model_b is None:
+            raise ValueError(
+                f"Compare got no MODEL at {'model_a' if model_a is None else 'model_b'}: the node before it returned nothing."
+            )
         if save_as:
             plain_name(save_as, ".json", "file name")  # before minutes are spent
         pictured = decoder("Compare", decode, vae)

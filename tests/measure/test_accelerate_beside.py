@@ -161,3 +161,12 @@ def test_hostile_profiles(change, sentence):
     with pytest.raises(ValueError, match=sentence):
         job(accelerated(plain, profile=name))
     job(accelerated(plain, name=name, trials=4))  # a damaged one of its own is made anew
+
+
+def test_a_job_at_which_nothing_can_be_tried_says_so():
+    model, spec = model_of("flux")
+    model = accelerated(model)
+    for how in ("(1 trial run)", "(profile "):
+        Job(spec, steps=4)(model)
+        (line,) = [f["line"] for f in latest_record(model)["features"] if f["name"] == "Accelerate"]
+        assert "plain: nothing can be tried here; caches are from 6 steps on" in line and how in line

@@ -194,3 +194,9 @@ def test_labels_and_names_that_cannot_be(inputs, sentence):
     model, spec = model_of("flux")
     with pytest.raises(ValueError, match=sentence):
         compare(model, model, spec, **inputs)
+
+
+def test_a_model_that_is_not_there():
+    model, spec = model_of("flux")
+    with pytest.raises(ValueError, match="no MODEL at model_b"):
+        compare(model, None, spec)

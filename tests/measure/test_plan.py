@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from types import MethodType
 
 import comfy.context_windows as context_windows
 import comfy_extras.nodes_context_windows as windows
@@ -277,6 +278,14 @@ def test_a_refused_combination_points_at_plan():
 )  # fmt: skip
 def test_owners(module, owner):
     assert words.owner_of(module) == owner
+
+
+def test_a_function_bound_to_a_block_is_its_writers():
+    exec("def forward(self): ...", scope := {"__name__": "custom_nodes.others"})
+    block = torch.nn.Linear(1, 1)
+    assert words.called(MethodType(scope["forward"], block)) == ("others", "forward")
+    assert words.called(block.forward) == ("torch", "Linear")
+    assert words.called(Foreign(None).__call__) == words.called(Foreign(None))
 
 
 def test_every_feature_says_what_it_will_do():
