@@ -137,7 +137,8 @@ class Accelerate(ChoosingFeature):
                     f"Accelerate was given {name}, which uses packed weights. Connect packed_model, or measure."
                 )
             misfit = profile.misfit(model, job.sampler, steps)
-            return name, profile, f"made for the {misfit}" if misfit else ""
+            made = [f"made for the {misfit}"] if misfit else []
+            return name, profile, "; ".join(made + profile.apart([*job.shape], beside(job)))
         goal = "".join(f"{kind}{value:g}" for kind, value in self.asked.items())
         parts = (job.architecture, job.sampler.removeprefix("sample_"), steps, goal, model[:6])
         name = self.file or stack_files.file_name(*parts)
@@ -151,7 +152,7 @@ class Accelerate(ChoosingFeature):
         now = (self.asked, job.judged, self.packed is not None, declined)
         same = now == (profile.goal, profile.judged, profile.packed, profile.declined)
         fits = same and not profile.misfit(model, job.sampler, steps)
-        return name, profile if fits else None, "; ".join(declined)
+        return name, profile if fits else None, "; ".join(declined + profile.apart([*job.shape], beside(job)))
 
     @property
     def asked(self) -> dict[str, float]:
@@ -219,6 +220,7 @@ class Accelerate(ChoosingFeature):
         return StackProfile(
             choice.stack.parts, fingerprint(job.model.diffusion_model), job.architecture, job.sampler, job.steps, list(job.shape),
             self.asked, told, job.device, job.judged, self.packed is not None, declined,
+            beside(job),
         )  # fmt: skip
 
     def _save(self, name: str, profile: StackProfile) -> None:
@@ -244,6 +246,11 @@ class Accelerate(ChoosingFeature):
         head = Chosen(self.node, told=told)
         with job.weights(packed):
             return run_once(executor, (*own, head, *added), args, kwargs, owners=features)[0]
+
+
+def beside(job: Trials) -> list[str]:
+    """What else stands on the MODEL, of which speed and likeness depend: other nodes of ours, and LoRA or the like."""
+    return [*(f.name for f in job.others), *(["weight patches"] if job.patcher.patches else [])]
 
 
 def chart_points(points: list[Tried], choice: Tried | None) -> list[dict[str, Any]]:

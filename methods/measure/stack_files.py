@@ -21,7 +21,7 @@ LONGEST = 200  # letters of a name
 class StackProfile:
     """stack: settings by kind. model: fingerprint of the weights; sampler: its function; steps, tokens: of the run.
     goal: what was asked for. points: all that was tried, the plain run first. device: where it was measured. packed: whether
-    packed weights were tried; declined: why other kinds were not."""
+    packed weights were tried; declined: why other kinds were not; beside: what else stood on the MODEL."""
 
     stack: dict[str, dict[str, Any]]
     model: str
@@ -35,6 +35,7 @@ class StackProfile:
     judged: str = ""
     packed: bool = False
     declined: list[str] = field(default_factory=list)
+    beside: list[str] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -48,6 +49,15 @@ class StackProfile:
             (self.steps, steps, "number of steps"),
         )
         return ", ".join(f"{name} {mine} and not {its}" for mine, its, name in made if mine != its)
+
+    def apart(self, size: list[int], beside: list[str]) -> list[str]:
+        """How a run differs to which the profile applies all the same, but not its numbers."""
+        measured = []
+        if size != self.size:
+            measured.append(f"on a latent {self.size} and not {size}")
+        if beside != self.beside:
+            measured.append(f"beside {_list(self.beside)} and not {_list(beside)}")
+        return [f"measured {' and '.join(measured)}"] if measured else []
 
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT, **asdict(self)}, indent=1, allow_nan=False)
@@ -67,12 +77,16 @@ class StackProfile:
             raise ValueError(f"{name} is no profile of Accelerate ({error}). Make one with Accelerate.") from error
 
 
+def _list(names: list[str]) -> str:
+    return ", ".join(names) or "nothing else"
+
+
 def _check(made: StackProfile) -> None:
     texts = [made.model, made.architecture, made.sampler, made.device, made.judged]
-    lists = (made.points, made.size, made.declined)
+    lists = (made.points, made.size, made.declined, made.beside)
     if type(made.steps) is not int or type(made.packed) is not bool or not all(isinstance(x, list) for x in lists):
         raise ValueError("a field of the wrong type")
-    if not all(isinstance(t, str) for t in texts + made.declined) or not isinstance(made.goal, dict):
+    if not all(isinstance(t, str) for t in texts + made.declined + made.beside) or not isinstance(made.goal, dict):
         raise ValueError("a field of the wrong type")
     if not isinstance(made.stack, dict) or not {*made.stack} <= {*KINDS}:
         raise ValueError(f"a stack has {', '.join(KINDS)}")

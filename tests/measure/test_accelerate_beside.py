@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 
 import comfy.sample
 import comfy.samplers
@@ -13,6 +14,7 @@ from nodes_helper import Job, error, model_of, run_node, taylor
 from tiny_models import conds, empty_latent
 
 from tessera.methods.measure.stack_files import file_name
+from tessera.nodes.cache.dynamic_tokens import DynamicTokens
 from tessera.nodes.measure.accelerate import Accelerate, own_folder
 from tessera.patching.quant_layer import Asked
 from tessera.patching.quantize import quantize
@@ -170,3 +172,19 @@ def test_a_job_at_which_nothing_can_be_tried_says_so():
         Job(spec, steps=4)(model)
         (line,) = [f["line"] for f in latest_record(model)["features"] if f["name"] == "Accelerate"]
         assert "plain: nothing can be tried here; caches are from 6 steps on" in line and how in line
+
+
+def test_numbers_of_another_size_or_company_say_so():
+    plain, spec = model_of("flux")
+    job = Job(spec, steps=14)
+    job(accelerated(plain))
+    model = accelerated(plain)
+    job(model)
+    assert told(model)["trials"] == 0 and not told(model)["note"]
+    model = run_node(DynamicTokens, model=accelerated(plain), quantile=0.5)[0]
+    job(model)
+    assert told(model)["note"] == "measured beside nothing else and not Dynamic Tokens"
+    wide = replace(spec, latent=(*spec.latent[:-1], 2 * spec.latent[-1]))
+    model = accelerated(plain)
+    Job(wide, steps=14)(model)
+    assert told(model)["note"] == f"measured on a latent {[*spec.latent]} and not {[*wide.latent]}"
