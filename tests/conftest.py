@@ -1,5 +1,6 @@
 """Loads the pack as `tessera`, whatever the checkout folder is called, and keeps it off sys.path."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from pack import comfyui_path, load_pack, use_comfyui
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # must precede the first `import triton`, torch does not import it
 if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the servers that they start
     torch.set_num_threads(1)  # workers share the cores; spinning threads of tiny models would double the time
 load_pack()
 sys.path.insert(0, str(ROOT / "tests"))
@@ -59,3 +61,10 @@ def host():
         pytest.fail(f"ComfyUI is not at {comfyui_path()}: run `make setup` or set COMFYUI_PATH.")
     use_comfyui()
     return comfyui_path()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_heap():
+    """What earlier files left alive, models in caches above all, is not walked again at each of ComfyUI's collections."""
+    gc.collect()
+    gc.freeze()

@@ -118,8 +118,8 @@ def test_the_closing_run_tells_what_keeping_costs_and_saves():
     assert kept["layers"] == [max(scores(out[0]), key=scores(out[0]).get)]
     assert (kept["blocks_computed"], kept["blocks"]) in ((1, 5), (4, 5)) and kept["change"] > 0
     assert kept["seconds"] > 0 and kept["time_saved"] == pytest.approx(
-        1 - kept["seconds"] / kept["seconds_full"], abs=1e-3
-    )
+        1 - kept["seconds"] / kept["seconds_full"], abs=1e-2
+    )  # of rounded seconds
     assert report["kind"] == "lines" and report["features"][0]["node"] == NODE_ID
     assert "needs no labels" in report["lines"][1] and len(report["lines"]) == 4 + 5
     whole = measured(flux_model(), net, Vae(), keep=5)[0]["kept"]

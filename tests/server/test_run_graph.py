@@ -26,7 +26,7 @@ def run(server, folder, *words, graph=GRAPH):
 
 @pytest.mark.server
 def test_runs_with_changed_inputs_and_saves_the_pictures(server, tmp_path):
-    done = run(server, tmp_path, "--set", "Prompt.text=5", "--set", "KSampler.steps=3",
+    done = run(server, tmp_path, "--set", "Prompt.text=5", "--set", "KSampler.steps=3", "--set", "Compare.repeats=1",
                "--set", "EmptySD3LatentImage.batch_size=2")  # fmt: skip
     assert done.returncode == 0, done.stderr
     names = [Path(line) for line in done.stdout.splitlines() if line.endswith(".png")]
@@ -44,7 +44,16 @@ def test_runs_with_changed_inputs_and_saves_the_pictures(server, tmp_path):
 def test_report_of_the_run_is_written_as_json(server, tmp_path):
     if not any(n["class_type"] == "TesseraRunReport" for n in json.loads(GRAPH.read_text()).values()):
         pytest.fail("digits_image has no Run Report to read")
-    done = run(server, tmp_path, "--set", "KSampler.steps=3", "--report", str(tmp_path / "report.json"))
+    done = run(
+        server,
+        tmp_path,
+        "--set",
+        "KSampler.steps=3",
+        "--set",
+        "Compare.repeats=1",
+        "--report",
+        str(tmp_path / "report.json"),
+    )
     assert done.returncode == 0, done.stderr
     reports = [r for records in json.loads((tmp_path / "report.json").read_text()).values() for r in records]
     (run_report,) = (r for r in reports if "ended" in r)
@@ -201,7 +210,8 @@ def test_a_graph_of_another_pack_runs_with_our_node(server, tmp_path):
     assert any(entry["class_type"] == "TaylorSeerLite" for entry in graph.values())
     file = tmp_path / "old.json"
     file.write_text(json.dumps(graph))
-    done = run(server, tmp_path, "--set", "KSampler.steps=8", "--report", str(tmp_path / "report.json"), graph=file)
+    done = run(server, tmp_path, "--set", "KSampler.steps=8", "--set", "Compare.repeats=1", "--report",
+               str(tmp_path / "report.json"), graph=file)  # fmt: skip
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "report.json").read_text()
     assert '"Taylor Cache"' in text and '"forecast"' in text
