@@ -56,7 +56,7 @@ export class Sidebar {
   tell(words) {
     this.told.textContent = words;
     this.told.hidden = !words;
-    this.#changed();
+    if (this.visible) this.#draw(); // with what it replaces, in one frame
   }
 
   #choose(id) {
