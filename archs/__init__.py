@@ -27,11 +27,21 @@ def all_archs() -> dict[tuple[str, str], Arch]:
     return _found
 
 
+def original(module: Any) -> Any:
+    """The module that torch.compile wrapped, where another pack put the wrapper in its place; else the module."""
+    return getattr(module, "_orig_mod", module)
+
+
+def class_name(diffusion_model: Any) -> str:
+    """What a message calls a model, known or not."""
+    return type(original(diffusion_model)).__name__
+
+
 def find(diffusion_model: Any) -> Arch | None:
     """The family of this model, by its exact class; None for a model we do not know (a subclass, or another package's
     class of the same name, counts as unknown: it may lay its tokens out differently). A model of diffusers names its
     class there as `bridged`, a network of our own as `network`."""
-    kind = type(diffusion_model)
+    kind = type(original(diffusion_model))
     if (ours := kind.__dict__.get("network")) is not None:
         return all_archs().get(("networks", ours))
     if (bridged := getattr(kind, "bridged", None)) is not None:

@@ -127,7 +127,7 @@ class AttentionFeature(Feature):
         blocks = len(self._chosen(len(positions(run.arch, model))))
         series = run.clock.evaluations_a_step if run.clock.returns else 1
         elements = stream_elements(run, noise_shape, conds)
-        return blocks * series * held(elements, heads_of(model)[1], run.model.get_dtype_inference())
+        return blocks * series * held(elements, heads_of(model)[1], run.dtype)
 
     def facts(self, state: PlanState) -> dict[str, Any]:
         own = getattr(self.method, "facts", None)

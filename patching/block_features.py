@@ -110,7 +110,7 @@ class KeyBlocks(VideoBlocks, PastFeature):
         if grid is None:
             return 0
         rows = noise_shape[0] * sum(map(len, conds.values()))
-        size = run.model.get_dtype_inference().itemsize if STORED[self.stored] == "auto" else 1
+        size = run.dtype.itemsize if STORED[self.stored] == "auto" else 1
         blocks = sum(len(getattr(run.model.diffusion_model, s.path)) for s in run.arch.blocks) if run.arch else 0
         return 2 * rows * blocks * grid[0] * grid[1] * grid[2] * heads * width * size
 

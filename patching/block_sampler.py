@@ -12,6 +12,7 @@ import comfy.sampler_helpers
 import comfy.samplers
 import torch
 
+from .. import archs
 from ..methods.video import blocks as plan
 from . import block_stop
 from .block_memory import CURRENT, Block, BlockMemory
@@ -137,7 +138,7 @@ class _Loop:
         return plan.continued(frames, per_block, resume.boundaries, self.memory.lead)
 
     def _model(self) -> str:
-        return type(self.guider.inner_model.diffusion_model).__name__
+        return archs.class_name(self.guider.inner_model.diffusion_model)
 
     def _encoded(self) -> list[tuple[int, list[dict]]]:
         """The further prompts as the model takes them."""

@@ -90,7 +90,7 @@ class CacheFeature(Feature):
         """The schedule's decisions. ValueError where it was made for other noise levels than this model has."""
         assert self.schedule is not None
         sigmas = run.clock.sigmas[:-1] or run.clock.sigmas
-        most, first = float(run.model.model_sampling.sigma_max), self.schedule.sigmas[0]
+        most, first = float(run.sampling.sigma_max), self.schedule.sigmas[0]
         falls = sigmas[0] >= sigmas[-1]
         if falls and (first > 1.01 * most or sigmas[0] > 1.01 * first):
             raise ValueError(
@@ -158,7 +158,7 @@ class CacheFeature(Feature):
         """The same, wherever they are held."""
         if self.off:
             return 0
-        own = run.model.get_dtype_inference()
+        own = run.dtype
         size = (own if self.cache_dtype == "model" else getattr(torch, self.cache_dtype)).itemsize
         series = run.clock.evaluations_a_step if run.clock.returns else 1
         return (self.order + 1 + self.copies) * series * elements * size

@@ -76,7 +76,7 @@ def load(model, path: str, node: str | None):
     diffusion_model = model.model.diffusion_model
     arch = archs.find(diffusion_model)
     if arch is None or arch.name != "Flux":
-        kind = arch.name if arch else type(diffusion_model).__name__
+        kind = arch.name if arch else archs.class_name(diffusion_model)
         raise ValueError(f"CLEAR's weights are for FLUX.1, and this MODEL is {kind}. Load FLUX.1-dev.")
     sizes = len(diffusion_model.double_blocks), len(diffusion_model.single_blocks), diffusion_model.hidden_size
     tensors, metadata = read_weights(path, "download it again from Huage001/CLEAR")

@@ -12,7 +12,7 @@ def check(present, feature, model) -> None:
         if conflict:
             raise refusal(conflict)
     arch = archs.find(model.model.diffusion_model)
-    feature.check_arch(arch, type(model.model.diffusion_model).__name__)
+    feature.check_arch(arch, archs.class_name(model.model.diffusion_model))
     feature.check_model(arch, model.model.diffusion_model)
 
 

@@ -219,7 +219,7 @@ def apply(model, adapter: Adapter, image: torch.Tensor, vae, upscale: float, key
     legacy = (adapter.content.variant if key_mode == "auto" else key_mode.rpartition("_")[2]) == "v1"
     feature, diffusion_model = Dit4srFeature(adapter=adapter, legacy=legacy, **settings), model.model.diffusion_model
     arch = archs.find(diffusion_model)
-    feature.check_arch(arch, type(diffusion_model).__name__)
+    feature.check_arch(arch, archs.class_name(diffusion_model))
     feature.check_model(arch, diffusion_model)
     large = enlarged(image, upscale, model.model.latent_format.spacial_downscale_ratio)
     latent = encode(model, vae, large, feature.name)

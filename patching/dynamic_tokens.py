@@ -207,7 +207,7 @@ class DynamicTokens(BlockFeature):
     def held_bytes(self, run: Run, noise_shape: tuple[int, ...], conds: dict[str, Any]) -> int:
         if self.off or run.arch is None or self.fill != "reuse" or self.cache_device != "gpu":
             return 0
-        own = run.model.get_dtype_inference()
+        own = run.dtype
         size = (own if self.cache_dtype == "model" else getattr(torch, self.cache_dtype)).itemsize
         found = {b.number for b, s, _, _ in mlps_of(run.arch, run.model.diffusion_model) if not s}
         blocks = len(found if self.blocks is None else found & self.blocks)

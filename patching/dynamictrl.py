@@ -13,6 +13,7 @@ import comfy.sd
 import torch
 from comfy.patcher_extension import WrappersMP
 
+from .. import archs
 from ..methods.control.dynamictrl import (
     LATENT,
     MARK,
@@ -150,7 +151,7 @@ def norms_of(model: Any, node: str) -> PoseNorms:
     """ValueError where the MODEL has none."""
     found = model.get_attachment(NORMS)
     if found is None:
-        kind = type(model.model.diffusion_model).__name__
+        kind = archs.class_name(model.model.diffusion_model)
         raise ValueError(
             f"{node} needs the MODEL of Load DynamiCtrl, which holds the norms that take the pose in; this {kind} has "
             "none."

@@ -170,7 +170,7 @@ class EasyControlFeature(ControlFeature, NetworkFeature):
         tokens = math.prod(-(-side // network.patch_size) for side in latent.shape[-2:])
         rows = sum(len(part) for part in conds.values()) * (1 if latent.shape[0] == 1 else noise_shape[0])
         blocks = len(network.double_blocks) + len(network.single_blocks)
-        size = 1 if self.kv_dtype == "fp8_e4m3" else run.model.get_dtype_inference().itemsize
+        size = 1 if self.kv_dtype == "fp8_e4m3" else run.dtype.itemsize
         return 2 * rows * tokens * blocks * network.hidden_size * size if self.strength else 0
 
     def facts(self, state: EasyControlState) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from .. import archs
 from ..kernels.control.grouped_lora import grouped_lora
 from ..methods.control.easycontrol import Block, EasyControlWeights, Lora
 from .run import current_forward
@@ -75,20 +76,15 @@ def lora_on(network: Any, weights: EasyControlWeights, scale: float) -> Iterator
     """The LoRA act behind the projections of the stock blocks, whatever form their weights have, until it ends."""
     handles = []
     try:
-        for stock, block in zip(network.double_blocks, weights.double, strict=True):
-            handles.append(_plain(stock).img_attn.qkv.register_forward_hook(_on_qkv(block, scale, weights.width)))
-            handles.append(_plain(stock).img_attn.proj.register_forward_hook(_on_output(block["proj"], scale)))
-        for stock, block in zip(network.single_blocks, weights.single, strict=True):
-            handles.append(_plain(stock).linear1.register_forward_hook(_on_qkv(block, scale, weights.width)))
+        for stock, block in zip(map(archs.original, network.double_blocks), weights.double, strict=True):
+            handles.append(stock.img_attn.qkv.register_forward_hook(_on_qkv(block, scale, weights.width)))
+            handles.append(stock.img_attn.proj.register_forward_hook(_on_output(block["proj"], scale)))
+        for stock, block in zip(map(archs.original, network.single_blocks), weights.single, strict=True):
+            handles.append(stock.linear1.register_forward_hook(_on_qkv(block, scale, weights.width)))
         yield
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _plain(block: torch.nn.Module) -> Any:
-    """The block itself where core's torch.compile node has put a compiled one in its place."""
-    return getattr(block, "_orig_mod", block)
 
 
 def keys_and_values(

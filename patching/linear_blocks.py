@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from .. import archs
 from ..methods.sampling import few_step
 from ..methods.video import blocks as plan
 from .block_features import VideoBlocks
@@ -25,9 +26,9 @@ class LinearBlocks(VideoBlocks):
     state_dtype: str = "fp32"
 
     def check_model(self, arch, diffusion_model: Any) -> None:
-        if not isinstance(diffusion_model, SanaVideo):
+        if not isinstance(archs.original(diffusion_model), SanaVideo):
             raise ValueError(
-                f"{self.name} needs a model whose self-attention is linear, and this MODEL is {type(diffusion_model).__name__}. "
+                f"{self.name} needs a model whose self-attention is linear, and this MODEL is {archs.class_name(diffusion_model)}. "
                 "Connect Load SANA-Video, or use Block Video Sampler."
             )
         if diffusion_model.sizes.patch[0] != 1:
@@ -49,7 +50,7 @@ class LinearBlocks(VideoBlocks):
         ring = min(self.window, chunks) if self.window else 1
         sums = sizes.heads * sizes.head * (sizes.head + 1)
         _, height, width = (-(-side // part) for side, part in zip(noise_shape[FRAMES:], sizes.patch, strict=True))
-        frame = height * width * sizes.width * run.model.get_dtype_inference().itemsize
+        frame = height * width * sizes.width * run.dtype.itemsize
         total = sums * torch.float32.itemsize if self.window else 0  # of a ring
         return rows * sizes.layers * (ring * sums * STATE_DTYPES[self.state_dtype].itemsize + total + frame)
 

@@ -11,6 +11,7 @@ import comfy.ops
 import comfy.utils
 import torch
 
+from .. import archs
 from ..methods.attention.linfusion import LinearSelfAttention, Module, build, modules_of
 from ..methods.weight_files import read_weights
 from .run import Feature, attach, current_forward
@@ -84,7 +85,7 @@ def paths(modules: list[Module], model: Any) -> list[str]:
     )
     if not known:
         raise ValueError(
-            f"LinFusion is for the UNet of Stable Diffusion 1.5, 2.1 and XL; {type(diffusion_model).__name__} is none."
+            f"LinFusion is for the UNet of Stable Diffusion 1.5, 2.1 and XL; {archs.class_name(diffusion_model)} is none."
         )
     found: list[str] = []
     for module in modules:

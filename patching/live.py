@@ -11,6 +11,7 @@ from uuid import uuid4
 
 from server import PromptServer
 
+from .. import archs
 from . import remedies
 
 log = logging.getLogger("tessera")
@@ -74,7 +75,7 @@ class Live:
             "run": self.id,
             "at": round(self.at, 3),
             "sampler_node": self.node,
-            "architecture": run.arch.name if run.arch else type(run.model.diffusion_model).__name__,
+            "architecture": run.arch.name if run.arch else archs.class_name(run.model.diffusion_model),
             "steps": clock.steps,
             "expected": len(clock.expected) or None,
             "position": round(clock.position, 4),

@@ -55,7 +55,7 @@ def read(path: str, model: Any, clip: Any = None) -> Lora:
     rest = [key for key in tensors if key not in used]
     of_text = [key for key in rest if key.startswith(TEXT)]
     if not patches and not text:
-        kind = type(model.model.diffusion_model).__name__
+        kind = archs.class_name(model.model.diffusion_model)
         if rest and len(of_text) == len(rest):
             remedy = "Connect clip to load them" if clip is None else "Take a LoRA of the same base model"
             raise ValueError(f"{name} holds layers of a text encoder alone, such as {rest[0]}. {remedy}.")

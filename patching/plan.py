@@ -25,7 +25,7 @@ def plan(model: Any, latent: dict[str, Any] | None = None) -> dict[str, Any]:
     grid = plan_ours.token_grid(model, latent)
     report = {
         "kind": "plan",
-        "architecture": arch.name if arch else type(diffusion_model).__name__,
+        "architecture": arch.name if arch else archs.class_name(diffusion_model),
         "known": arch is not None,
         "blocks": len(positions(arch, diffusion_model)) if arch else None,
         "grid": None if grid is None else list(grid),

@@ -131,7 +131,7 @@ class PoseFeature(ControlFeature):
         count = math.prod(-(-side // p) for side, p in zip(latent.shape[2:], patch_of(network), strict=True))
         rows = 1 if latent.shape[0] == 1 else noise_shape[0] * sum(len(part) for part in conds.values())
         held = len(network.blocks) + 2 if self.cache else 3  # y of each block; c and c_0
-        return held * rows * count * network.dim * run.model.get_dtype_inference().itemsize if self.strength else 0
+        return held * rows * count * network.dim * run.dtype.itemsize if self.strength else 0
 
     def facts(self, state: PoseState | None) -> dict[str, Any]:
         made = state or PoseState()

@@ -15,7 +15,7 @@ import torch
 
 from ..kernels import _config
 from ..kernels._triton import triton
-from .sizes import heads_of
+from .sizes import compute_dtype, heads_of
 
 log = logging.getLogger("tessera")
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,7 +52,7 @@ def target_of(device: torch.device) -> tuple[str, int | str, int]:
 def job_of(method: Any, model: Any, target: tuple[str, int | str, int], table: str) -> dict[str, Any] | None:
     """What the child is told; None for a method whose settings are no plain numbers and words."""
     heads, head_dim = heads_of(model.model.diffusion_model)
-    dtype = model.model.get_dtype_inference()
+    dtype = compute_dtype(model)
     dtype = dtype if dtype.itemsize > 1 else torch.bfloat16  # attention never runs in the dtype of fp8 weights
     job = {
         "module": type(method).__module__.split(".", __package__.count("."))[-1],

@@ -50,7 +50,7 @@ def serves_attention(model: Any) -> bool:
     """Whether attention nodes can act on this MODEL, by the rule that refuses them."""
     network = model.model.diffusion_model
     try:
-        AttentionFeature(None, method=_Anywhere()).check_arch(archs.find(network), type(network).__name__)  # type: ignore[arg-type]
+        AttentionFeature(None, method=_Anywhere()).check_arch(archs.find(network), archs.class_name(network))  # type: ignore[arg-type]
     except Unserved:
         return False
     return True
@@ -63,7 +63,7 @@ def quantized(model: Any, told: dict[str, Any], time: dict[str, float]) -> list[
     network = model.model.diffusion_model
     arch = archs.find(network)
     if (
-        hasattr(type(network), "bridged")
+        hasattr(type(archs.original(network)), "bridged")
         or not select(network.state_dict(), "" if arch is None else arch.home, None).chosen
     ):
         return []

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .. import archs
 from ..methods.measure.bars import bars
 from ..methods.measure.profile import Measured, bottleneck, shares
 from .blocks import positions
@@ -32,7 +33,7 @@ def report(model: Any, job: Job, asked: Asked, found: Found) -> dict[str, Any]:
     stack = positions(arch, network) if arch is not None else []
     told = {
         "kind": "profile", "mode": asked.mode, "counted": found.how,
-        "architecture": arch.name if arch else type(network).__name__, "known": arch is not None, "blocks": len(stack),
+        "architecture": arch.name if arch else archs.class_name(network), "known": arch is not None, "blocks": len(stack),
         "device": device_of(model), "cfg": job.cfg, "schedule": len(job.sigmas) - 1, **called(found),
         "frames": frames(model, job), "weight_dtype": str(model.model.get_dtype()).removeprefix("torch."),
         **totals(found), "classes": classes(found), "by_block": by_block(found, len(stack)), "attention": lengths(found),

@@ -11,10 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry
 
+from .. import archs
 from .attention import OVERRIDE
 from .convention import unpack
 from .profile_meter import Meter, own_bytes
 from .run import current_forward
+from .sizes import compute_dtype
 
 PLAIN = ("cond_or_uncond", "uuids", "sigmas", "sample_sigmas")  # what ComfyUI itself tells a network in its options
 KIND = {"mm": "linear", "addmm": "linear", "convolution": "convolution"}  # all else that is counted: attention
@@ -100,10 +102,10 @@ class Shapes:
     """Stands in for the forward of a model's network while shapes are counted. Raises Untold."""
 
     def __init__(self, model: Any, arch):
-        network, config = model.model.diffusion_model, dict(model.model.model_config.unet_config)
+        network, config = archs.original(model.model.diffusion_model), dict(model.model.model_config.unet_config)
         if config.pop("disable_unet_model_creation", False):
             raise Untold("this network was not built by ComfyUI")
-        config["dtype"] = model.model.get_dtype_inference()
+        config["dtype"] = compute_dtype(model)
         weights = {name: own_bytes(module) for name, module in network.named_modules()}
         self.mode, self.meter = FakeTensorMode(allow_non_fake_inputs=True), ShapeMeter(arch, weights=weights)
         try:

@@ -113,7 +113,7 @@ class RegionFeature(ModelFeature, BlockFeature, KeyFeature):
         heads, width = heads_of(model)
         tokens, blocks = math.prod(grid), len(positions(run.arch, model))
         rows = noise_shape[0] * sum(map(len, conds.values()))
-        dtype = DTYPES[self.kv_cache_dtype] or run.model.get_dtype_inference()
+        dtype = DTYPES[self.kv_cache_dtype] or run.dtype
         held = 2 * blocks * rows * tokens * heads * (width * dtype.itemsize + (4 if dtype == FP8 else 0))
         budget = BUDGET * comfy.model_management.get_total_memory(comfy.model_management.get_torch_device())
         if held > budget:

@@ -108,7 +108,7 @@ class RelaCtrlFeature(ControlFeature, BlockFeature):
         grid = grid_of(run, noise_shape)
         if grid is None or self.strength == 0:
             return 0
-        size = run.model.get_dtype_inference().itemsize
+        size = run.dtype.itemsize
         tokens, rows = grid[1] * grid[2], noise_shape[0] * sum(map(len, conds.values()))
         kept = len(self.control.blocks) if run.states[self].holds else 2
         own = self.control.parameters + (noise_shape[0] + rows * kept) * tokens * self.control.width
@@ -286,7 +286,7 @@ def apply(model, control: RelaCtrl, node: str | None, image=None, vae=None, late
     feature = RelaCtrlFeature(node, control=control, **settings)
     diffusion_model = model.model.diffusion_model
     arch = archs.find(diffusion_model)
-    feature.check_arch(arch, type(diffusion_model).__name__)
+    feature.check_arch(arch, archs.class_name(diffusion_model))
     feature.check_model(arch, diffusion_model)
     condition = of_latent(model, latent["samples"]) if image is None else of_image(model, vae, image)
     return attach(model, replace(feature, condition=condition))

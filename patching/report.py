@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from server import PromptServer
 
+from .. import archs
 from .history import HISTORY
 from .pictures import Sketch
 
@@ -106,7 +107,7 @@ def publish(
     record = {
         "ended": ended,
         "seconds": round(seconds, 4),
-        "architecture": run.arch.name if run.arch else type(run.model.diffusion_model).__name__,
+        "architecture": run.arch.name if run.arch else archs.class_name(run.model.diffusion_model),
         "known": run.arch is not None,
         "steps": run.clock.steps,
         "evaluations": run.clock.evaluation + 1,

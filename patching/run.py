@@ -18,6 +18,7 @@ from .live import Live
 from .pictures import Sketch
 from .plan_words import feature_words
 from .report import Ledger, publish
+from .sizes import compute_dtype
 from .timeline import Timeline
 
 log = logging.getLogger("tessera")
@@ -127,6 +128,8 @@ class Run:
     sampler: str = ""  # name of the sampler's function, e.g. "sample_euler"
     whole: bool = False  # whether evaluations are asked for in full now: what they compute is kept
     device: torch.device | None = None  # that the model runs on
+    dtype: torch.dtype | None = None  # that it computes in
+    sampling: Any = None  # its model_sampling, with the shift of this MODEL
     timeline: Timeline = field(default_factory=Timeline)
     live: Live = field(default_factory=Live)
 
@@ -141,7 +144,7 @@ class Run:
         return any(word in self.sampler for word in STOCHASTIC)
 
     def percent_to_sigma(self, percent: float) -> float:
-        return float(self.model.model_sampling.percent_to_sigma(percent))
+        return float(self.sampling.percent_to_sigma(percent))
 
     def evaluate(self, sigma: float) -> None:
         """The sampler asks for one prediction."""
@@ -251,6 +254,8 @@ def run_once(
     clock = Clock(schedule, expected_evaluations(sampler, schedule))
     run = Run(features, clock, base, options, archs.find(base.diffusion_model), sampler=sampler)
     run.device = getattr(guider.model_patcher, "load_device", None)
+    run.dtype = compute_dtype(guider.model_patcher)  # not base's: patches of this clone come with its loading, after us
+    run.sampling = guider.model_patcher.get_model_object("model_sampling")
     run.latent_shapes = tuple(tuple(shape) for shape in kwargs.get("latent_shapes") or ())
     options[RUN] = run
     ended, made, record = "error", None, {}

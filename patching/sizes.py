@@ -2,6 +2,7 @@
 
 import hashlib
 from collections import Counter
+from typing import Any
 
 import torch
 
@@ -18,11 +19,19 @@ def heads_of(model: torch.nn.Module) -> tuple[int, int]:
     return found.most_common(1)[0][0] if found else (2, 128)
 
 
+def compute_dtype(patcher: Any) -> torch.dtype:
+    """What a MODEL computes in. Before it is loaded its network can still wear what another clone set."""
+    return patcher.get_model_object("manual_cast_dtype") or patcher.model.get_dtype()
+
+
 def fingerprint(model: torch.nn.Module) -> str:
     """Names and shapes of the weights and a few values of the biases and scales, as 16 hexadecimal digits: the same file
     gives the same ones in another process, in bfloat16 or above, and under a LoRA, which changes matrices only."""
     digest = hashlib.sha256()
-    for name, weight in sorted(model.state_dict().items()):
+    named = {
+        name.replace("_orig_mod.", ""): weight for name, weight in model.state_dict().items()
+    }  # where it is compiled
+    for name, weight in sorted(named.items()):
         digest.update(f"{name} {tuple(weight.shape)} ".encode())
         if weight.is_floating_point() and weight.numel() and weight.dim() == 1:
             flat = weight.detach().reshape(-1)

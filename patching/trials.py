@@ -50,7 +50,7 @@ class Trials:
         self.model = self.patcher.model
         network = self.model.diffusion_model
         self.arch = archs.find(network)
-        self.architecture = self.arch.name if self.arch else type(network).__name__
+        self.architecture = self.arch.name if self.arch else archs.class_name(network)
         self.sampler = sampler_name(self.given["sampler"])
         self.steps = max(1, len(self.given["sigmas"]) - 1)
         self.latent_shapes = tuple(tuple(s) for s in self.given.get("latent_shapes") or ())

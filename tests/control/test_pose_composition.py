@@ -103,7 +103,7 @@ def test_memory_is_counted():
     class Run:
         model = None
 
-    Run.model = model.model
+    Run.model, Run.dtype = model.model, model.model.get_dtype_inference()
     size = model.model.get_dtype_inference().itemsize
     assert feature.held_bytes(Run, (1, 16, 3, 8, 12), {"p": [0], "n": [0]}) == (2 + 2) * 72 * 128 * size
     assert bare.held_bytes(Run, (1, 16, 3, 8, 12), {}) == 3 * 72 * 128 * size

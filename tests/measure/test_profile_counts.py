@@ -96,6 +96,14 @@ def test_counts_are_those_of_torch(name):
         assert report["classes"]["attention"]["flops"] == PAIRS[name]
 
 
+def test_shapes_are_told_after_a_run_of_another_clone_in_another_precision():
+    """Its compute dtype stays on the shared network until the next clone is loaded."""
+    Job(model_of("sd3", "bf16")[1], steps=1)(model_of("sd3", "bf16")[0])
+    model, spec = model_of("sd3")
+    report = profiled(model, spec, steps=1, mode="analytic")
+    assert report["counted"] == "shapes" and not report["notes"]
+
+
 @pytest.mark.parametrize(
     ("flops", "times", "intensity", "offloaded", "want"),
     [

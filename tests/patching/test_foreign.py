@@ -147,7 +147,9 @@ class Passing(BlockFeature):
 def forward_of(name: str):
     model, _ = model_of(name)
     arch, feature = archs.find(model.model.diffusion_model), Passing(None)
-    run = Run((feature,), Clock([1.0, 0.0]), model.model, {}, arch, {feature: None})
+    run = Run(
+        (feature,), Clock([1.0, 0.0]), model.model, {}, arch, {feature: None}, sampling=model.model.model_sampling
+    )
     forward = Forward(run, (), {})
     forward.diffusion_model = model.model.diffusion_model
     return forward, positions(arch, model.model.diffusion_model)
@@ -216,7 +218,7 @@ def test_wrapped_calls_pass_unknown_arguments_on(level):
     patched = taylor(model, level=level)
     feature = patched.model_options["transformer_options"][runs.FEATURES][0]
     base = model.model
-    run = Run((feature,), Clock([1.0, 0.0]), base, {}, archs.find(base.diffusion_model))
+    run = Run((feature,), Clock([1.0, 0.0]), base, {}, archs.find(base.diffusion_model), sampling=base.model_sampling)
     run.states[feature] = feature.begin(run)
     run.evaluate(1.0)
     options = {"cond_or_uncond": [0], "uuids": ["a"], "wrappers": {}, RUN: run}

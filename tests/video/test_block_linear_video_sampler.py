@@ -174,7 +174,7 @@ def test_what_it_holds_is_estimated_and_reported():
         _, _, patched = clip(8, num_cached_blocks=window, batch=2, cfg=2.0, keep_state=True)
         told = facts(patched, "Block Linear Video Sampler")
         feature = patched.model_options["transformer_options"]["tessera_features"][-1]
-        run = type("Run", (), {"model": patched.model})
+        run = type("Run", (), {"model": patched.model, "dtype": torch.float32})
         estimate = feature.held_bytes(run, (2, 16, 8, 4, 6), {"positive": [1], "negative": [1]})
         assert told["frames_kept"] == 8 and told["peak_bytes"] == estimate
         assert feature.shown((1, 16, 101, 4, 6)) == (1, 16, 3, 4, 6)
