@@ -77,8 +77,8 @@ def layout_of(
 
 
 def block_modules(diffusion_model: Any, blocks: Blocks) -> list[tuple[str, torch.nn.Module]]:
-    """(dotted path below the diffusion model, module) of each block, in running order."""
+    """(dotted path below the diffusion model, module) of each block, in running order; of a compiled one that inside."""
     owner = diffusion_model
     for part in blocks.path.split("."):
         owner = getattr(owner, part)
-    return [(f"{blocks.path}.{key}", block) for key, block in owner.named_children()]
+    return [(f"{blocks.path}.{key}", original(block)) for key, block in owner.named_children()]

@@ -95,7 +95,7 @@ class Accelerate(ChoosingFeature):
         return f"{found}tries {tried} in up to {self.trials} whole runs, and keeps {wanted}"
 
     def foreseen(self, others: tuple[Feature, ...], model: Any) -> tuple[list[str], list[str]]:
-        arch, refused, declined = archs.find(model.model.diffusion_model), [], []
+        arch, refused, declined = archs.find(model.get_model_object("diffusion_model")), [], []
         if self.profile is None:
             if arch is None:
                 declined.append(f"{self.name} tries no attention: where this model's image tokens lie is not known")
@@ -106,7 +106,7 @@ class Accelerate(ChoosingFeature):
                 declined += [f"{self.name} {how}: {sentence}" for sentence in dict.fromkeys(why)]
             return declined, []
         name, profile = self.profile
-        if profile.model != fingerprint(model.model.diffusion_model):
+        if profile.model != fingerprint(model):
             refused.append(OTHER_MODEL.format(name=name, architecture=profile.architecture))
         try:
             for feature in stacks.features_of_stack(profile.stack, None):
@@ -127,7 +127,7 @@ class Accelerate(ChoosingFeature):
 
     def _known(self, job: Trials, declined: list[str]) -> tuple[str, StackProfile | None, str]:
         """(file name, the profile that applies, what it differs in); None: it has to be measured."""
-        model, steps = fingerprint(job.model.diffusion_model), job.steps
+        model, steps = fingerprint(job.patcher), job.steps
         if self.profile is not None:
             name, profile = self.profile
             if profile.model != model:
@@ -218,7 +218,7 @@ class Accelerate(ChoosingFeature):
         choice = best(points, self.goal)
         told = chart_points(points, choice)
         return StackProfile(
-            choice.stack.parts, fingerprint(job.model.diffusion_model), job.architecture, job.sampler, job.steps, list(job.shape),
+            choice.stack.parts, fingerprint(job.patcher), job.architecture, job.sampler, job.steps, list(job.shape),
             self.asked, told, job.device, job.judged, self.packed is not None, declined,
             beside(job),
         )  # fmt: skip

@@ -123,7 +123,7 @@ class AttentionFeature(Feature):
         grid = grid_of(run, noise_shape) if held is not None and run.arch is not None else None
         if held is None or (grid is not None and math.prod(grid) < self.min_tokens):
             return 0
-        model = run.model.diffusion_model
+        model = run.network
         blocks = len(self._chosen(len(positions(run.arch, model))))
         series = run.clock.evaluations_a_step if run.clock.returns else 1
         elements = stream_elements(run, noise_shape, conds)

@@ -9,6 +9,7 @@ import torch
 
 from .. import archs
 from . import timeline
+from .forwards import StandIn, exchange, standing
 from .run import Feature, current_forward
 
 Streams = tuple[Any, ...]  # tensors, or tuples of tensors (video and audio), in the order of Blocks.streams
@@ -156,12 +157,12 @@ def argument_names(function) -> tuple[str, ...]:
         return ()
 
 
-class WrappedForward:
+class WrappedForward(StandIn):
     """Stands in for a block's forward where the architecture offers no replace hook. Inert outside our runs."""
 
-    def __init__(self, original, block: BlockPosition):
+    def __init__(self, original, block: BlockPosition, written=None):
         self.original, self.block = original, block
-        self.names = argument_names(original)
+        self.names = argument_names(written or original)
 
     def __call__(self, *args, **kwargs):
         forward = current_forward.get()
@@ -193,13 +194,12 @@ class WrappedForward:
 
 def wrap_forwards(patched) -> None:
     """Object patches for the blocks of this MODEL that have no replace hook; ComfyUI restores them on unload."""
-    diffusion_model = patched.model.diffusion_model
+    diffusion_model = patched.get_model_object("diffusion_model")
     arch = archs.find(diffusion_model)
     if arch is None:
         return
     for block in positions(arch, diffusion_model):
         if block.spec.replace is None:
-            path = f"{block_path(diffusion_model, block.spec, block.index)}.forward"
-            current = patched.get_model_object(path)
-            if not isinstance(current, WrappedForward):
-                patched.add_object_patch(path, WrappedForward(current, block))
+            path = block_path(diffusion_model, block.spec, block.index)
+            if not isinstance(standing(patched, f"{path}.forward"), WrappedForward):
+                exchange(patched, path, lambda forward, written, at=block: WrappedForward(forward, at, written))

@@ -66,7 +66,7 @@ class AttentionCache(AroundAttention, CacheFeature):
         if run.arch is None:
             return 0
         each = {"self": self.interval, "cross": self.cross_interval}
-        stack = positions(run.arch, run.model.diffusion_model)
+        stack = positions(run.arch, run.network)
         calls = sum(each.get(GROUP.get(kind, ""), 1) > 1 for block in stack for kind in block.spec.calls)
         return calls * self.held(run, stream_elements(run, noise_shape, conds))
 

@@ -15,6 +15,7 @@ from .blocks import BlockPosition, Streams, block_path, positions
 from .cache_blocks import Call, StackCache, _copied, _leaves, _owners
 from .cache_state import CacheState
 from .forward import Forward
+from .forwards import StandIn, exchange, standing
 from .memory import stream_elements
 from .run import Run, current_forward
 
@@ -33,7 +34,7 @@ class EachCache(StackCache):
 
     def held_bytes(self, run: Run, noise_shape: tuple[int, ...], conds: dict[str, Any]) -> int:
         """ValueError where that is more than half of the device's memory: unlike one output, every block's can be."""
-        blocks = positions(run.arch, run.model.diffusion_model) if run.arch is not None else []
+        blocks = positions(run.arch, run.network) if run.arch is not None else []
         one = self.needed(run, stream_elements(run, noise_shape, conds) if blocks else 0)
         needed = one * sum(self.sizes(block.spec) for block in blocks)
         here = comfy.model_management.get_torch_device() if self.cache_device == "gpu" else torch.device("cpu")
@@ -131,21 +132,23 @@ class ModuleCache(EachCache):
 
     def attached(self, model: Any) -> None:
         """Object patches, which ComfyUI restores on unload: on each block, and on each module whose output is kept."""
-        diffusion_model = model.model.diffusion_model
+        diffusion_model = model.get_model_object("diffusion_model")
         for block in positions(archs.find(diffusion_model), diffusion_model):
             path, modules = block_path(diffusion_model, block.spec, block.index), block.spec.modules
-            current = model.get_model_object(f"{path}.forward")
-            if isinstance(current, GatedForward):
+            if isinstance(standing(model, f"{path}.forward"), GatedForward):
                 continue
-            if not isinstance(current, MethodType):
-                raise ValueError(
-                    f"{self.name} at level module found that another node has exchanged the forward of {path}. "
-                    "Remove that node, or use level=last_block."
-                )
-            model.add_object_patch(f"{path}.forward", GatedForward(current, modules))
+
+            def gated(forward: Any, written: Any, path=path, modules=modules) -> GatedForward:
+                if not isinstance(written, MethodType):
+                    raise ValueError(
+                        f"{self.name} at level module found that another node has exchanged the forward of {path}. "
+                        "Remove that node, or use level=last_block."
+                    )
+                return GatedForward(forward, modules, written)
+
+            exchange(model, path, gated)
             for name in modules.paths:
-                at = f"{path}.{name}.forward"
-                model.add_object_patch(at, ToldForward(model.get_model_object(at), name))
+                exchange(model, f"{path}.{name}", lambda forward, _, name=name: ToldForward(forward, name))
 
     def _keys(self, forward: Forward, streams: Streams) -> list[Any]:
         """The first output of every module: the others come and go with it."""
@@ -187,12 +190,12 @@ def _within(forward: Forward, field: str, value: Callable[..., Any], proceed, st
         setattr(forward, field, None)
 
 
-class GatedForward:
+class GatedForward(StandIn):
     """Stands in for a block's forward: from outputs that are already known where a run has them. Else inert."""
 
-    def __init__(self, original: MethodType, modules: archs.Modules):
-        self.original, self.modules = original, modules
-        self.signature = inspect.signature(original)
+    def __init__(self, original: Any, modules: archs.Modules, written: MethodType):
+        self.original, self.modules, self.block = original, modules, written.__self__
+        self.signature = inspect.signature(written)
 
     def __call__(self, *args, **kwargs):
         forward = current_forward.get()
@@ -201,10 +204,10 @@ class GatedForward:
         given = self.signature.bind(*args, **kwargs)
         given.apply_defaults()
         outputs = {name: forward.outputs(name) for name in self.modules.paths}
-        return self.modules.gated(self.original.__self__, given.arguments, outputs)
+        return self.modules.gated(self.block, given.arguments, outputs)
 
 
-class ToldForward:
+class ToldForward(StandIn):
     """Stands in for the forward of a module in a block: tells a run that asks for it the output. Else inert."""
 
     def __init__(self, original, name: str):

@@ -80,7 +80,7 @@ class CalibrateFeature(BlockFeature, ModelFeature):
         known = run.arch is not None and "blocks" not in run.arch.limits
         self.recording.level = "last_block" if known else "output"
         sigmas = clock.sigmas[:-1] or clock.sigmas
-        self.recording.about = fingerprint(run.model.diffusion_model), run.sampler, sigmas, "step"
+        self.recording.about = fingerprint(run.patcher), run.sampler, sigmas, "step"
         return self.recording
 
     def conflicts(self, other: Feature) -> str | None:

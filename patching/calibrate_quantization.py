@@ -55,7 +55,7 @@ def calibrate(model: Any, job: Job, rows: int, seed: int, exclude: str) -> tuple
         outcome = sample(metered(model), job, progress.step)
     if not watch.layers:
         raise ValueError(f"{NAME} met no evaluation of the model; check the sampler and the schedule.")
-    about = fingerprint(inside), len(job.sigmas) - 1, sampler_name(job.sampler)
+    about = fingerprint(model), len(job.sigmas) - 1, sampler_name(job.sampler)
     return Statistics(watch.layers, *about), outcome.samples
 
 

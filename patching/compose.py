@@ -11,9 +11,9 @@ def check(present, feature, model) -> None:
         conflict = feature.conflicts(other) or other.conflicts(feature)
         if conflict:
             raise refusal(conflict)
-    arch = archs.find(model.model.diffusion_model)
-    feature.check_arch(arch, archs.class_name(model.model.diffusion_model))
-    feature.check_model(arch, model.model.diffusion_model)
+    arch = archs.find(model.get_model_object("diffusion_model"))
+    feature.check_arch(arch, archs.class_name(model.get_model_object("diffusion_model")))
+    feature.check_model(arch, model.get_model_object("diffusion_model"))
 
 
 def joins(present, feature, model) -> None:

@@ -25,6 +25,7 @@ from .grain_rows import image_of, merged_arguments, unfit
 from .profiles import check_profile
 from .region_rows import Place
 from .run import Feature, Run
+from .sizes import plain_name
 
 OVERRIDE = "optimized_attention_override"
 UNUSED = 20  # evaluations after which a context window that did not come back is forgotten: caches skip as many
@@ -285,6 +286,10 @@ def _with_mass(options: dict[str, Any], block: BlockPosition, image: Place, grai
 def parameters_of(diffusion_model: Any, block: BlockPosition) -> float:
     """Weights of a block that multiply one image token, all but those that modulate; half where text has its own."""
     module = archs.block_modules(diffusion_model, block.spec)[block.index][1]
-    apart = [m for name, m in module.named_modules() if name and ("mod" in name.lower() or "adaln" in name.lower())]
+    apart = [
+        m
+        for n, m in module.named_modules()
+        if (name := plain_name(n)) and ("mod" in name.lower() or "adaln" in name.lower())
+    ]
     weights = parameters(module) - sum(m.in_features * m.out_features for m in apart if hasattr(m, "in_features"))
     return weights / len(block.spec.streams)

@@ -14,6 +14,7 @@ from .blocks import BlockFeature, BlockPosition, Streams, block_path, positions
 from .cache_each import ModuleCache
 from .evaluations import Evaluations
 from .forward import Forward
+from .forwards import StandIn, exchange, standing
 from .memory import stream_elements
 from .profiles import check_profile
 from .run import Feature, Run, current_forward
@@ -126,11 +127,11 @@ class DynamicTokens(BlockFeature):
 
     def attached(self, model) -> None:
         """Object patches for the MLPs of this MODEL; ComfyUI restores them on unload."""
-        diffusion_model = model.model.diffusion_model
+        diffusion_model = model.get_model_object("diffusion_model")
         for block, stream, path, module in mlps_of(archs.find(diffusion_model), diffusion_model):
-            current = model.get_model_object(f"{path}.forward")
-            if not isinstance(current, WrappedMlp):
-                model.add_object_patch(f"{path}.forward", WrappedMlp(current, block, stream, parameters(module)))
+            if not isinstance(standing(model, f"{path}.forward"), WrappedMlp):
+                given = block, stream, parameters(module)
+                exchange(model, path, lambda forward, _, given=given: WrappedMlp(forward, *given))
 
     def around_block(self, state: TokenState, forward: Forward, block: BlockPosition, streams: Streams, proceed):
         state.open(forward.run)
@@ -209,7 +210,7 @@ class DynamicTokens(BlockFeature):
             return 0
         own = run.dtype
         size = (own if self.cache_dtype == "model" else getattr(torch, self.cache_dtype)).itemsize
-        found = {b.number for b, s, _, _ in mlps_of(run.arch, run.model.diffusion_model) if not s}
+        found = {b.number for b, s, _, _ in mlps_of(run.arch, run.network) if not s}
         blocks = len(found if self.blocks is None else found & self.blocks)
         series = run.clock.evaluations_a_step if run.clock.returns else 1
         return int(blocks * series * self.share.quantile * stream_elements(run, noise_shape, conds) * size)
@@ -237,7 +238,7 @@ class DynamicTokens(BlockFeature):
         return f"MLPs computed {facts['share']:.1%} of their tokens, {saved}"
 
 
-class WrappedMlp:
+class WrappedMlp(StandIn):
     """Stands in for the forward of an MLP. Inert outside our runs."""
 
     def __init__(self, original, block: BlockPosition, stream: int, parameters: int):

@@ -25,7 +25,7 @@ POSITIVE = 0  # role of a stream
 
 def blocks_of(model, text: str) -> frozenset[int]:
     """Block numbers of "last third", as in the paper's code (single blocks 20 to 37 of FLUX.1), "all" or "2-18,25"."""
-    diffusion_model = model.model.diffusion_model
+    diffusion_model = model.get_model_object("diffusion_model")
     arch = archs.find(diffusion_model)
     count = len(positions(arch, diffusion_model)) if arch is not None else 0
     if text.strip().lower() == LAST_THIRD:

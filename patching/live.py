@@ -75,7 +75,7 @@ class Live:
             "run": self.id,
             "at": round(self.at, 3),
             "sampler_node": self.node,
-            "architecture": run.arch.name if run.arch else archs.class_name(run.model.diffusion_model),
+            "architecture": run.arch.name if run.arch else archs.class_name(run.network),
             "steps": clock.steps,
             "expected": len(clock.expected) or None,
             "position": round(clock.position, 4),

@@ -61,7 +61,7 @@ def stream_elements(run, noise_shape: tuple[int, ...], conds: dict[str, Any]) ->
     grid = grid_of(run, noise_shape)
     if grid is None:
         return rows * noise_shape[1] * noise_shape[-1]
-    heads, width = heads_of(run.model.diffusion_model)
+    heads, width = heads_of(run.network)
     text = max((cond["cross_attn"].shape[1] for cond in prompts if cond.get("cross_attn") is not None), default=0)
     tokens = grid[0] * grid[1] * grid[2] + (text if run.arch.place != "none" else 0)
     tokens += sum(shape[2] for shape in run.latent_shapes[1:])  # sound [B, C, T, ...]: one token a moment
@@ -73,6 +73,6 @@ def grid_of(run, noise_shape: tuple[int, ...]) -> tuple[int, int, int] | None:
     if len(run.latent_shapes) > 1:  # packed into one row; the first one is the video
         noise_shape = run.latent_shapes[0]
     try:
-        return run.arch.grid(run.model.diffusion_model, torch.empty(noise_shape, device="meta"))
+        return run.arch.grid(run.network, torch.empty(noise_shape, device="meta"))
     except (IndexError, TypeError, AttributeError, ValueError, RuntimeError):
         return None

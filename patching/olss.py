@@ -103,7 +103,7 @@ def record(model: Any, job: Job, runs: int, teacher: str, elements: int) -> Traj
         states.append(torch.stack(recorder.states, 1))
         grams.append(recorder.grams())
     about = {
-        "model": fingerprint(model.model.diffusion_model), "cfg": f"{job.cfg:g}", "teacher": f"{teacher} {len(sigmas) - 1}",
+        "model": fingerprint(model), "cfg": f"{job.cfg:g}", "teacher": f"{teacher} {len(sigmas) - 1}",
         "runs": str(runs), "latent": "x".join(map(str, job.latent["samples"].shape[1:])),
     }  # fmt: skip
     return Trajectory(model, jobs, finals, states, torch.cat(grams), teacher, elements, about)

@@ -18,7 +18,7 @@ TITLES = {
 
 def plan(model: Any, latent: dict[str, Any] | None = None) -> dict[str, Any]:
     """JSON-ready: `rows` in the order of action, `declined`, `conflicts`, `refused`, and the whole as lines of text."""
-    diffusion_model = model.model.diffusion_model
+    diffusion_model = model.get_model_object("diffusion_model")
     arch = archs.find(diffusion_model)
     features = features_of(model.model_options)
     rows = ordered(plan_ours.rows(features, model), plan_foreign.rows(model))

@@ -57,7 +57,7 @@ def weights(model: Any) -> list[Row]:
 def packed(model: Any) -> list[Row]:
     """Quantized layers, by format."""
     found: Counter = Counter()
-    for module in model.model.diffusion_model.modules():
+    for module in model.get_model_object("diffusion_model").modules():
         layout = getattr(getattr(module, "weight", None), "_layout_cls", None)
         if layout is not None:
             codec = getattr(getattr(module.weight, "_params", None), "codec", None)
@@ -264,7 +264,7 @@ def attention(model: Any) -> list[Row]:
     held = model.model_options.get("transformer_options", {}).get(OVERRIDE)
     if held is not None:
         made.append(Row("attention", *called(held), "overrides every attention call that reaches it"))
-    module = exchanged(model.model.diffusion_model)
+    module = exchanged(model.get_model_object("diffusion_model"))
     if module is not None:
         made.append(
             Row("attention", "another pack", "optimized_attention", f"was exchanged in {module}: asks no override")
@@ -282,7 +282,7 @@ def conflicts(model: Any, features: Any) -> list[str]:
         made.append(
             "torch.compile beside core's EasyCache: its decision breaks the compiled graph, and may skip nothing"
         )
-    if features and exchanged(model.model.diffusion_model) is not None:
+    if features and exchanged(model.get_model_object("diffusion_model")) is not None:
         made.append("another pack's attention function asks no override: Tessera's attention nodes are not asked")
     taken = [path for path, thing in model.object_patches.items()
              if path == "diffusion_model.forward" and called(thing)[0] != "Tessera"]  # fmt: skip

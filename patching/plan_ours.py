@@ -48,8 +48,8 @@ def ordered(stage: str, features: list[Any]) -> list[Any]:
 
 
 def row(feature: Feature, stage: str, model: Any) -> Row:
-    arch = archs.find(model.model.diffusion_model)
-    stack = positions(arch, model.model.diffusion_model) if arch is not None else []
+    arch = archs.find(model.get_model_object("diffusion_model"))
+    stack = positions(arch, model.get_model_object("diffusion_model")) if arch is not None else []
     percent = getattr(feature, "sigma_percent", None) or getattr(feature, "percents", None)
     if percent is None and hasattr(feature, "end_percent"):
         percent = (0.0, feature.end_percent)
@@ -79,7 +79,7 @@ def blocks_of(feature: Any, count: int) -> set[int]:
 
 def declines(features: tuple[Feature, ...], model: Any, latent: dict[str, Any] | None) -> list[str]:
     """What our nodes on this MODEL will leave undone, as far as it is known before a run."""
-    diffusion_model = model.model.diffusion_model
+    diffusion_model = model.get_model_object("diffusion_model")
     arch = archs.find(diffusion_model)
     found = [f"{f.name} does nothing on this MODEL: {f.inactive}" for f in features if f.inactive]
     plans = [f for f in features if isinstance(f, AttentionFeature) and not f.inactive]
@@ -107,14 +107,14 @@ def declines(features: tuple[Feature, ...], model: Any, latent: dict[str, Any] |
 
 def token_grid(model: Any, latent: dict[str, Any] | None) -> tuple[int, int, int] | None:
     """(frames, rows, columns) of the image tokens of a LATENT, where the family tells."""
-    arch = archs.find(model.model.diffusion_model)
+    arch = archs.find(model.get_model_object("diffusion_model"))
     if latent is None or arch is None:
         return None
     ratios = latent.get("downscale_ratio_spacial"), latent.get("downscale_ratio_temporal")
     samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"], *ratios)
     samples = samples.unbind()[0] if getattr(samples, "is_nested", False) else samples
     try:
-        return arch.grid(model.model.diffusion_model, samples)
+        return arch.grid(model.get_model_object("diffusion_model"), samples)
     except (IndexError, TypeError, AttributeError, ValueError, RuntimeError):  # no latent of this family
         return None
 

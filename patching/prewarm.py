@@ -51,7 +51,7 @@ def target_of(device: torch.device) -> tuple[str, int | str, int]:
 
 def job_of(method: Any, model: Any, target: tuple[str, int | str, int], table: str) -> dict[str, Any] | None:
     """What the child is told; None for a method whose settings are no plain numbers and words."""
-    heads, head_dim = heads_of(model.model.diffusion_model)
+    heads, head_dim = heads_of(model.get_model_object("diffusion_model"))
     dtype = compute_dtype(model)
     dtype = dtype if dtype.itemsize > 1 else torch.bfloat16  # attention never runs in the dtype of fp8 weights
     job = {

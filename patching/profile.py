@@ -14,6 +14,7 @@ from comfy.patcher_extension import WrappersMP
 from .. import archs
 from .accelerate import Accelerate
 from .clock import expected_evaluations
+from .forwards import exchange
 from .plan_foreign import compiled
 from .profile_meter import Meter
 from .profile_shapes import CountingMeter, Shapes, Untold
@@ -190,11 +191,11 @@ def metering(model: Any, meter: Meter):
 def count(model: Any, job: Job, progress: Progress) -> Found:
     """FLOPs, bytes and sequence lengths of the first step: from shapes where the network can be run on them, else from one
     evaluation that is computed."""
-    arch = archs.find(model.model.diffusion_model)
+    arch = archs.find(model.get_model_object("diffusion_model"))
     plain = bare(model)
     try:
         shapes = Shapes(plain, arch)
-        plain.add_object_patch("diffusion_model.forward", shapes)
+        exchange(plain, "diffusion_model", lambda *_: shapes)
         with hooked(plain, (WrappersMP.PREDICT_NOISE, shapes.meter.predict_noise)) as watched:
             until(watched, job, 1, progress)
         return Found(shapes.meter, "shapes")

@@ -9,6 +9,7 @@ from .cache import CacheFeature
 from .plan_foreign import packed
 from .region import RegionFeature
 from .run import Unserved, features_of
+from .sizes import plain_name
 
 ATTENTION, LINEAR = 0.4, 0.5  # shares of a step
 MANY, FEW = 20, 8  # steps of the schedule
@@ -48,7 +49,7 @@ def sparse(model: Any, told: dict[str, Any], time: dict[str, float]) -> list[dic
 
 def serves_attention(model: Any) -> bool:
     """Whether attention nodes can act on this MODEL, by the rule that refuses them."""
-    network = model.model.diffusion_model
+    network = model.get_model_object("diffusion_model")
     try:
         AttentionFeature(None, method=_Anywhere()).check_arch(archs.find(network), archs.class_name(network))  # type: ignore[arg-type]
     except Unserved:
@@ -60,11 +61,13 @@ def quantized(model: Any, told: dict[str, Any], time: dict[str, float]) -> list[
     products = time["linear"] >= LINEAR
     if packed(model) or not (products or told["memory"]["offloaded"]):
         return []
-    network = model.model.diffusion_model
+    network = model.get_model_object("diffusion_model")
     arch = archs.find(network)
     if (
         hasattr(type(archs.original(network)), "bridged")
-        or not select(network.state_dict(), "" if arch is None else arch.home, None).chosen
+        or not select(
+            {plain_name(n): w for n, w in network.state_dict().items()}, "" if arch is None else arch.home, None
+        ).chosen
     ):
         return []
     why = f"linear layers are {time['linear']:.0%} of a step" if products else "the weights do not fit on the device"
@@ -75,7 +78,7 @@ def caches(model: Any, told: dict[str, Any]) -> list[dict[str, str]]:
     steps, present = told["schedule"], features_of(model.model_options)
     if any(isinstance(f, CacheFeature | RegionFeature) and not f.inactive for f in present) or steps <= FEW:
         return []
-    arch = archs.find(model.model.diffusion_model)
+    arch = archs.find(model.get_model_object("diffusion_model"))
     level = "" if arch is not None and "blocks" not in arch.limits else ", with level output"
     if steps >= MANY:
         return [{"node": "Taylor Cache", "why": f"{steps} steps lie near enough to forecast most of them{level}"}]

@@ -29,7 +29,7 @@ MOST = 16  # attention lengths told
 
 def report(model: Any, job: Job, asked: Asked, found: Found) -> dict[str, Any]:
     """JSON-ready; its keys are in the help page."""
-    arch, network = found.counted.arch, model.model.diffusion_model
+    arch, network = found.counted.arch, model.get_model_object("diffusion_model")
     stack = positions(arch, network) if arch is not None else []
     told = {
         "kind": "profile", "mode": asked.mode, "counted": found.how,

@@ -16,7 +16,7 @@ from .attention import OVERRIDE
 from .convention import unpack
 from .profile_meter import Meter, own_bytes
 from .run import current_forward
-from .sizes import compute_dtype
+from .sizes import compute_dtype, plain_name
 
 PLAIN = ("cond_or_uncond", "uuids", "sigmas", "sample_sigmas")  # what ComfyUI itself tells a network in its options
 KIND = {"mm": "linear", "addmm": "linear", "convolution": "convolution"}  # all else that is counted: attention
@@ -102,11 +102,14 @@ class Shapes:
     """Stands in for the forward of a model's network while shapes are counted. Raises Untold."""
 
     def __init__(self, model: Any, arch):
-        network, config = archs.original(model.model.diffusion_model), dict(model.model.model_config.unet_config)
+        network, config = (
+            archs.original(model.get_model_object("diffusion_model")),
+            dict(model.model.model_config.unet_config),
+        )
         if config.pop("disable_unet_model_creation", False):
             raise Untold("this network was not built by ComfyUI")
         config["dtype"] = compute_dtype(model)
-        weights = {name: own_bytes(module) for name, module in network.named_modules()}
+        weights = {plain_name(name): own_bytes(module) for name, module in network.named_modules()}
         self.mode, self.meter = FakeTensorMode(allow_non_fake_inputs=True), ShapeMeter(arch, weights=weights)
         try:
             self.twin = twin(self.mode, type(network), config)

@@ -13,7 +13,7 @@ def check_profile(feature: Any, run: Any) -> None:
     number of steps."""
     if feature.profile is None:
         return
-    model = fingerprint(run.model.diffusion_model) if feature.profile.model else ""
+    model = fingerprint(run.patcher) if feature.profile.model else ""
     misfit = feature.profile.misfit(model, run.sampler, run.clock.steps)
     if misfit and feature.unsupported == "error":
         raise ValueError(misfit)

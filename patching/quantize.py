@@ -126,7 +126,7 @@ def _check(model: Any, statistics: Statistics | None) -> None:
             "before the node that put them there."
         )
 
-    known = fingerprint(model.model.diffusion_model)
+    known = fingerprint(model)
     if statistics is not None and statistics.model != known:
         raise ValueError(
             f"The calibration was recorded with the model {statistics.model} and this one is {known}. Run Calibrate "
@@ -140,7 +140,7 @@ def unbound(patch: Any) -> bool:
 
 
 def _about(model: Any, asked: Asked, statistics: Statistics | None, exclude: str) -> str:
-    told = asked.told() | {"exclude": exclude, "model": fingerprint(model.model.diffusion_model)}
+    told = asked.told() | {"exclude": exclude, "model": fingerprint(model)}
     if model.patches:
         told["patched"] = True  # no file of the plain MODEL, nor of other LoRA
     if statistics is not None:

@@ -7,16 +7,20 @@ from typing import Any
 
 from .. import archs
 from .blocks import block_path, positions
+from .forwards import StandIn, exchange, standing
 from .run import current_forward
 
 CALLED = "optimized_attention"
 
 
-class ReachedForward:
+class ReachedForward(StandIn):
     """Stands in for the forward of an attention module. Inert outside our runs."""
 
     def __init__(self, original: MethodType):
         self.original = original
+
+    def around(self, forward: Any) -> Any:
+        return forward  # compiled, it calls its own attention: nothing there can be reached
 
     def __call__(self, *args, **kwargs):
         forward = current_forward.get()
@@ -33,11 +37,11 @@ class ReachedForward:
 def wrap_attention(patched) -> None:
     """Object patches for the attention modules of this MODEL that no override reaches; ComfyUI restores them on unload.
     A forward that another pack has exchanged stays as it is: its calls do not come to us."""
-    diffusion_model = patched.model.diffusion_model
+    diffusion_model = patched.get_model_object("diffusion_model")
     arch = archs.find(diffusion_model)
     for block in positions(arch, diffusion_model) if arch is not None else ():
         if block.spec.attention:
-            path = f"{block_path(diffusion_model, block.spec, block.index)}.{block.spec.attention}.forward"
-            current: Any = patched.get_model_object(path)
+            path = f"{block_path(diffusion_model, block.spec, block.index)}.{block.spec.attention}"
+            current: Any = standing(patched, f"{path}.forward")
             if isinstance(current, MethodType) and CALLED in current.__func__.__code__.co_names:
-                patched.add_object_patch(path, ReachedForward(current))
+                exchange(patched, path, lambda forward, _: ReachedForward(forward))

@@ -109,7 +109,7 @@ class RegionFeature(ModelFeature, BlockFeature, KeyFeature):
         grid = grid_of(run, noise_shape) if run.arch is not None and not self.off else None
         if grid is None or self.cache_device != "gpu" or not any(run.states[self].sparse):
             return 0
-        model = run.model.diffusion_model
+        model = run.network
         heads, width = heads_of(model)
         tokens, blocks = math.prod(grid), len(positions(run.arch, model))
         rows = noise_shape[0] * sum(map(len, conds.values()))

@@ -107,7 +107,7 @@ def publish(
     record = {
         "ended": ended,
         "seconds": round(seconds, 4),
-        "architecture": run.arch.name if run.arch else archs.class_name(run.model.diffusion_model),
+        "architecture": run.arch.name if run.arch else archs.class_name(run.network),
         "known": run.arch is not None,
         "steps": run.clock.steps,
         "evaluations": run.clock.evaluation + 1,

@@ -18,7 +18,7 @@ def sentence(run: Any, plan: Any) -> str:
         return _newer(run, plan)
     if not run.arch.override:
         return f"another node has exchanged the attention of this {run.arch.name} and wins. Remove one of the two."
-    name = exchanged(run.model.diffusion_model)
+    name = exchanged(run.network)
     if name is not None:
         return f"another pack has exchanged {CALLED} in {name}, which asks no override, and wins. Switch that one off."
     return (

@@ -14,6 +14,7 @@ from comfy.patcher_extension import WrappersMP
 
 from .. import archs
 from .clock import Clock, expected_evaluations
+from .forwards import untangle
 from .live import Live
 from .pictures import Sketch
 from .plan_words import feature_words
@@ -39,9 +40,7 @@ class Feature:
     name: str = "Tessera"  # the node's display name
     unsupported: str = "error"  # or "warn": what to do where the architecture cannot be served
     inactive: str = ""  # why it does nothing on this MODEL
-    adds_keys: ClassVar[bool] = (
-        False  # it puts keys beside those of the stack's calls, and says so in Forward.extra_keys or Forward.before
-    )
+    adds_keys: ClassVar[bool] = False  # it puts keys beside those of the stack's calls: Forward.extra_keys or before
     skips: ClassVar[bool] = False  # it may leave out part of an evaluation's work
     for_sampler: ClassVar[bool] = False  # the SAMPLER of its node does not work without it
 
@@ -116,7 +115,7 @@ class Run:
 
     features: tuple[Feature, ...]
     clock: Clock
-    model: Any  # the BaseModel
+    model: Any  # the BaseModel, which can still wear what another clone set when a run begins
     options: dict[str, Any]  # the guider's transformer_options of this run
     arch: archs.Arch | None
     states: dict[Feature, Any] = field(default_factory=dict)
@@ -127,6 +126,7 @@ class Run:
     latent_shapes: tuple[tuple[int, ...], ...] = ()  # of several latents that core packs into one row
     sampler: str = ""  # name of the sampler's function, e.g. "sample_euler"
     whole: bool = False  # whether evaluations are asked for in full now: what they compute is kept
+    patcher: Any = None  # the MODEL
     device: torch.device | None = None  # that the model runs on
     dtype: torch.dtype | None = None  # that it computes in
     sampling: Any = None  # its model_sampling, with the shift of this MODEL
@@ -137,6 +137,10 @@ class Run:
     def acting(self) -> tuple[Feature, ...]:
         """The features that can act on this MODEL, now."""
         return tuple(f for f in self.features if not f.inactive and not (self.whole and f.skips))
+
+    @property
+    def network(self) -> Any:
+        return self.model.diffusion_model if self.patcher is None else self.patcher.get_model_object("diffusion_model")
 
     @property
     def stochastic(self) -> bool:
@@ -244,18 +248,18 @@ def run_once(
     """(latent, record) of one sampling run with these features. owners: those on the MODEL, where they are others; told:
     whether the canvas and Run Report hear of it."""
     guider = executor.class_obj
-    kept = guider.model_options
+    patcher, kept = guider.model_patcher, guider.model_options
+    untangle(patcher)
     sigmas = args[3] if len(args) > 3 else kwargs["sigmas"]
     guider.model_options = comfy.model_patcher.create_model_options_clone(kept)
     options = guider.model_options["transformer_options"]
     options[FEATURES] = features
-    base = guider.model_patcher.model
     schedule, sampler = [float(s) for s in sigmas], sampler_name(args[2] if len(args) > 2 else kwargs.get("sampler"))
     clock = Clock(schedule, expected_evaluations(sampler, schedule))
-    run = Run(features, clock, base, options, archs.find(base.diffusion_model), sampler=sampler)
-    run.device = getattr(guider.model_patcher, "load_device", None)
-    run.dtype = compute_dtype(guider.model_patcher)  # not base's: patches of this clone come with its loading, after us
-    run.sampling = guider.model_patcher.get_model_object("model_sampling")
+    arch = archs.find(patcher.get_model_object("diffusion_model"))
+    run = Run(features, clock, patcher.model, options, arch, sampler=sampler, patcher=patcher)
+    run.device, run.dtype = getattr(patcher, "load_device", None), compute_dtype(patcher)
+    run.sampling = patcher.get_model_object("model_sampling")
     run.latent_shapes = tuple(tuple(shape) for shape in kwargs.get("latent_shapes") or ())
     options[RUN] = run
     ended, made, record = "error", None, {}
@@ -264,7 +268,7 @@ def run_once(
     try:
         from .compose import check_run
 
-        check_run(run, guider.model_patcher)
+        check_run(run, patcher)
         for feature in features:
             run.states[feature] = feature.begin(run)
         made = executor(*args, **kwargs)
@@ -276,15 +280,14 @@ def run_once(
         guider.model_options = kept
         options.pop(RUN, None)
         try:
-            patches = str(getattr(guider.model_patcher, "patches_uuid", ""))
-            ledger = options.get(LEDGER) if told else None
+            patches, ledger = str(getattr(patcher, "patches_uuid", "")), options.get(LEDGER) if told else None
             result = first_part(made, kwargs.get("latent_shapes"))
             record = publish(run, ended, ledger, patches, result, owners or features, told)
         except Exception:  # a report must not replace the run's own result or error
             log.exception("Tessera: the report of this run could not be written")
         run.states.clear()
         run.options = {}
-        run.model = None
+        run.model = run.patcher = None
     return made, record
 
 
@@ -293,6 +296,5 @@ def _predict_noise(executor, *args, **kwargs):
     model_options = args[2] if len(args) > 2 else kwargs.get("model_options", {})
     run = model_options.get("transformer_options", {}).get(RUN) or options.get(RUN)
     if run is not None:
-        sigma = args[1] if len(args) > 1 else kwargs["timestep"]
-        run.evaluate(float(torch.as_tensor(sigma).max()))
+        run.evaluate(float(torch.as_tensor(args[1] if len(args) > 1 else kwargs["timestep"]).max()))
     return executor(*args, **kwargs)

@@ -13,6 +13,7 @@ import comfy.samplers
 import comfy.utils
 import torch
 
+from .forwards import untangle
 from .report import latest_record
 from .run import Feature, attach
 
@@ -83,6 +84,7 @@ def sample(
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(job.positive, job.negative)
     guider.set_cfg(job.cfg)
+    untangle(model)
     comfy.model_management.load_models_gpu([model])
     reset_peak(model.load_device)
     synchronize(model.load_device)

@@ -266,7 +266,7 @@ def _profile(model: Any, job: Job, knob: str, chosen: Tried, asked: Asked) -> Pr
         "wanted_error": asked.goal.error,
         "wanted_speedup": asked.goal.speedup if asked.goal.error is None else None,
     }
-    model_print = fingerprint(model.model.diffusion_model)
+    model_print = fingerprint(model)
     return Profile(feature.name, inputs, model_print, sampler_name(job.sampler), len(job.sigmas) - 1, facts)
 
 

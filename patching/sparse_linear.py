@@ -19,6 +19,7 @@ from .attention import AttentionFeature
 from .blocks import positions
 from .run import attach
 from .sampling import Job, Progress, sample, thin
+from .sizes import plain_name
 
 log = logging.getLogger("tessera")
 NAME = "Sparse-Linear Attention"
@@ -92,7 +93,7 @@ def settings_of(method: SparseLinear) -> dict[str, Any]:
 
 def model_of(arch: archs.Arch, diffusion_model: Any) -> dict[str, Any]:
     """What projections are bound to: the family, its number of blocks, and its tensors' names and shapes."""
-    shapes = sorted((name, tuple(p.shape)) for name, p in diffusion_model.named_parameters())
+    shapes = sorted((plain_name(name), tuple(p.shape)) for name, p in diffusion_model.named_parameters())
     digest = hashlib.sha256(repr(shapes).encode()).hexdigest()
     return {"architecture": arch.name, "blocks": len(positions(arch, diffusion_model)), "shapes": digest}
 
@@ -149,7 +150,7 @@ def calibrate(
         raise ValueError(
             f"Calibration met values that are not finite (blocks {broken}); check the MODEL in a plain run."
         )
-    diffusion_model = model.model.diffusion_model
+    diffusion_model = model.get_model_object("diffusion_model")
     arch = archs.find(diffusion_model)
     assert arch is not None
     bound = model_of(arch, diffusion_model)

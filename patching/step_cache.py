@@ -86,7 +86,7 @@ def step_feature(node: str | None, model, name: str, inputs: dict[str, Any]) -> 
     first, last = inputs.pop("first_blocks"), inputs.pop("last_blocks")
     cross, retention = inputs.pop("cross_interval"), inputs.pop("retention")
     coefficients, calibration = inputs.pop("coefficients"), inputs.pop("calibration", None)
-    arch = archs.find(model.model.diffusion_model)
+    arch = archs.find(model.get_model_object("diffusion_model"))
     cap = FOREVER if most < 0 else most + 1
     common = {"node": node, "name": name, "policy": policy, **inputs}
     if policy == "PAB":
@@ -99,7 +99,7 @@ def step_feature(node: str | None, model, name: str, inputs: dict[str, Any]) -> 
     if policy == "TeaCache":
         settings["published"] = coefficients.strip() == "auto" and not _fitted(calibration)
     if policy in ("FBCache", "DBCache"):
-        settings |= _ends(policy, first, last, arch, model.model.diffusion_model)
+        settings |= _ends(policy, first, last, arch, model.get_model_object("diffusion_model"))
     settings["copies"] = settings.get("copies", 0) + {"EasyCache": 2, "MagCache": 0, "FORA": 0}.get(policy, 1)
     return kind(**settings)
 
@@ -160,12 +160,12 @@ def _polynomial(run: Run, typed: tuple[float, ...], calibration) -> tuple[str, t
     if _fitted(calibration):
         return "the calibration", _fitted(calibration)
     forward = current_forward.get()
-    return run.arch.rescaled(run.model.diffusion_model, forward.grid)
+    return run.arch.rescaled(run.network, forward.grid)
 
 
 def _magcache(run: Run, threshold: float, most: int, retention: float, calibration) -> MakeGate:
     made_for = getattr(calibration, "model", "")
-    if made_for and made_for != fingerprint(run.model.diffusion_model):
+    if made_for and made_for != fingerprint(run.patcher):
         log.warning("Step Cache: the calibration was recorded on another model; record it on this one.")
     sigmas = run.clock.sigmas[:-1] or run.clock.sigmas
     ratios = ratios_for(calibration.mag_ratios, tuple(getattr(calibration, "sigmas", ())), sigmas)

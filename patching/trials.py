@@ -48,7 +48,7 @@ class Trials:
         self.conds = {k: [dict(c) for c in rows] for k, rows in self.guider.conds.items()}
         self.patcher = self.guider.model_patcher
         self.model = self.patcher.model
-        network = self.model.diffusion_model
+        network = self.network = self.patcher.get_model_object("diffusion_model")
         self.arch = archs.find(network)
         self.architecture = self.arch.name if self.arch else archs.class_name(network)
         self.sampler = sampler_name(self.given["sampler"])
