@@ -10,7 +10,7 @@ import torch
 from .. import archs
 from . import timeline
 from .forwards import StandIn, exchange, standing
-from .run import Feature, current_forward
+from .run import RUN, Feature, current_forward
 
 Streams = tuple[Any, ...]  # tensors, or tuples of tensors (video and audio), in the order of Blocks.streams
 
@@ -123,8 +123,11 @@ def install(forward, options: dict[str, Any]) -> None:
 
 
 def eager(hook, options: dict[str, Any]):
-    """Under core's torch.compile node a hook whose decisions change between steps must stay out of the graph."""
+    """Under torch.compile, by core's node or as object patches, a hook whose decisions change between steps must stay out
+    of the graph."""
+    patches = getattr(getattr(options.get(RUN), "patcher", None), "object_patches", {})
     compiled = any("torch.compile" in keys for keys in options.get("wrappers", {}).values())
+    compiled = compiled or any(archs.original(part) is not part for part in patches.values())
     return torch.compiler.disable(hook) if compiled else hook
 
 

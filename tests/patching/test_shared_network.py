@@ -4,6 +4,7 @@ own MODEL says."""
 import comfy.model_management
 import pytest
 import torch
+from calibration_helper import calibrate
 from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 from nodes_helper import Job, error, model_of, run_node
 from profile_helper import profiled
@@ -144,3 +145,11 @@ def test_a_fingerprint_is_that_of_the_file_under_a_lora_with_biases():
     assert fingerprint(lora) == fingerprint(model) == about
     comfy.model_management.load_models_gpu([model])
     assert fingerprint(lora) == fingerprint(model) == about
+
+
+def test_a_calibration_of_a_compiled_network_is_that_of_the_plain_one():
+    model, spec = model_of("sd3")
+    want = calibrate(model, spec)
+    for _ in range(2):
+        got = calibrate(compiled(model), spec)
+        assert torch.equal(got[2]["samples"], want[2]["samples"]) and got[1] == want[1]
