@@ -7,6 +7,7 @@ import torch
 from .. import archs
 from ..methods.quant.calibration import LayerStatistics, Statistics
 from ..methods.quant.keep_list import select
+from .forwards import cleared
 from .run import sampler_name
 from .sampling import Job, Progress, metered, sample
 from .sizes import fingerprint
@@ -45,7 +46,7 @@ class Watch:
 
 def calibrate(model: Any, job: Job, rows: int, seed: int, exclude: str) -> tuple[Statistics, Any]:
     """(statistics, final latent). ValueError where nothing is to be recorded."""
-    inside = model.model.diffusion_model
+    inside = cleared(model).diffusion_model
     arch = archs.find(inside)
     found = select(inside.state_dict(), "" if arch is None else arch.home, exclude or None)
     if not found.chosen:

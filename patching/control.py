@@ -55,7 +55,8 @@ def to_model(model, latent: torch.Tensor, what: str) -> torch.Tensor:
     """A LATENT's samples [B, C, (T,) h, w] as the diffusion model sees them, fp32 on the CPU."""
     if getattr(latent, "is_nested", False):
         raise ValueError(f"{what} takes one latent, and this one holds several (video and sound). Separate them first.")
-    wanted, dims = model.model.latent_format.latent_channels, model.model.latent_format.latent_dimensions + 2
+    space = model.get_model_object("latent_format")
+    wanted, dims = space.latent_channels, space.latent_dimensions + 2
     if latent.ndim == dims + 1 and latent.shape[2] == 1:
         latent = latent[:, :, 0]  # one picture from a video VAE
     elif latent.ndim == dims - 1:
@@ -67,7 +68,7 @@ def to_model(model, latent: torch.Tensor, what: str) -> torch.Tensor:
         )
     if not torch.isfinite(latent).all():
         raise ValueError(f"{what} got a latent {[*latent.shape]} that is not finite. Check the image and the VAE.")
-    return model.model.process_latent_in(latent.float().cpu())
+    return space.process_in(latent.float().cpu())
 
 
 def spread(condition: torch.Tensor, rows: int, streams: int) -> torch.Tensor:

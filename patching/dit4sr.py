@@ -221,6 +221,6 @@ def apply(model, adapter: Adapter, image: torch.Tensor, vae, upscale: float, key
     arch = archs.find(diffusion_model)
     feature.check_arch(arch, archs.class_name(diffusion_model))
     feature.check_model(arch, diffusion_model)
-    large = enlarged(image, upscale, model.model.latent_format.spacial_downscale_ratio)
+    large = enlarged(image, upscale, model.get_model_object("latent_format").spacial_downscale_ratio)
     latent = encode(model, vae, large, feature.name)
     return attach(model, replace(feature, latent=latent)), torch.zeros_like(latent)

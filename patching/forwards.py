@@ -6,6 +6,8 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import comfy.utils
+
 from .. import archs
 
 
@@ -34,6 +36,15 @@ def standing(patcher: Any, path: str) -> Any:
             found = getattr(found, part) if own is None else own
         patched = own is not None
     return found
+
+
+def cleared(patcher: Any) -> Any:
+    """Gives the network its own parts back, the newest first -> the BaseModel. ComfyUI puts a clone's on again whenever
+    it is loaded, also where it was the last."""
+    held = patcher.object_patches_backup
+    for path in reversed([*held]):
+        comfy.utils.set_attr(patcher.model, path, held.pop(path))
+    return patcher.model
 
 
 def exchange(patched: Any, path: str, make: Callable[[Any, Any], Any]) -> None:

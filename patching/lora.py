@@ -18,6 +18,7 @@ from ..methods.control.lora_gram import Delta, Factors, Piece, features, gram, j
 from ..methods.files.finite import finite
 from ..methods.quant.calibration import Statistics
 from .blocks import block_path, positions
+from .forwards import cleared
 from .weights import plain_weight
 
 TEXT = ("lora_te", "text_encoder", "te_", "te1_", "te2_", "conditioner.")  # how keys of text encoders begin
@@ -47,7 +48,7 @@ def read(path: str, model: Any, clip: Any = None) -> Lora:
     broken = next((k for k, v in tensors.items() if v.is_floating_point() and not finite(v)), None)
     if broken is not None:
         raise ValueError(f"{name}: {broken} {[*tensors[broken].shape]} is not finite; download it again.")
-    patches = _patches(name, tensors, comfy.lora.model_lora_keys_unet(model.model, {}))
+    patches = _patches(name, tensors, comfy.lora.model_lora_keys_unet(cleared(model), {}))
     text = {} if clip is None else _patches(name, tensors, comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {}))
     there = model.model.state_dict().keys()
     patches = {key: patch for key, patch in patches.items() if tensor_of(key) in there}

@@ -13,6 +13,7 @@ from ..kernels._triton import triton
 from ..kernels.quant.packed import GGUF_BLOCKS
 from ..methods.quant.recipe import INTEGER
 from . import quant_layout, quant_parts
+from .forwards import cleared
 from .quant_branched import is_branched
 from .weights import plain_weight
 
@@ -47,7 +48,7 @@ class Row:
 def rows_of(model: Any) -> list[Row]:
     """Every Linear weight of the diffusion model, on the device where it will run."""
     device, found = model.load_device, []
-    for name, module in model.model.diffusion_model.named_modules():
+    for name, module in cleared(model).diffusion_model.named_modules():
         weight = getattr(module, "weight", None)
         if isinstance(weight, torch.Tensor) and weight.ndim == 2 and hasattr(module, "in_features"):
             weight = plain_weight(model, f"diffusion_model.{name}.weight")

@@ -16,6 +16,7 @@ from ..methods.files.safetensors_write import SafetensorsWriter
 from ..methods.quant.calibration import Statistics
 from ..methods.quant.keep_list import select
 from ..methods.quant.recipe import MARK, mark
+from .forwards import cleared
 from .quant_layer import Asked, Made, made
 from .quant_load import load
 from .quant_patcher import PackedPatcher, patched
@@ -54,6 +55,7 @@ def quantize(model: Any, asked: Asked, statistics: Statistics | None, path: Path
     """(MODEL of the file, lines of a report). existing: what to do with a file of that name: "refuse", "replace", or
     "reuse" where it was made from this MODEL in the same way. ValueError, one sentence with the remedy, before anything
     is written, where the MODEL cannot be quantized."""
+    cleared(model)
     _check(model, statistics)
     about = _about(model, asked, statistics, exclude)
     if path.exists() and existing != "replace":

@@ -90,7 +90,7 @@ class RelaCtrlFeature(ControlFeature, BlockFeature):
 
     def begin(self, run: Run) -> ControlState:
         state = ControlState(holds=any(isinstance(f, StackCache) and f.last_blocks for f in run.acting))
-        kind = type(run.model.latent_format).__name__
+        kind = type(run.patcher.get_model_object("latent_format")).__name__
         if kind != "SD15":
             state.notes.append(f"trained in PixArt-alpha's latent space, and this MODEL's is {kind}")
             log.warning("%s: %s was %s.", self.name, self.control.name, state.notes[-1])

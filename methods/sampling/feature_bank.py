@@ -10,7 +10,7 @@ MOST = 448.0  # of float8_e4m3fn
 Kept = tuple[torch.Tensor, torch.Tensor | None]  # on the CPU, and its scale where it is held as float8
 
 
-@dataclass
+@dataclass(eq=False)
 class Bank:
     """sigmas: the schedule from noise to picture. steps: how many of its steps, from the noise on, are held. what: v and k
     are [B, Hkv, M, D] of one attention call, attn_out [B, N, ...]."""

@@ -236,6 +236,6 @@ def test_a_model_with_another_latent_space_is_told():
     model = pixart()
     feature = controlled(model).model_options["transformer_options"][FEATURES][-1]
     for kind, noted in (("SD15", 0), ("SDXL", 1)):
-        base = SimpleNamespace(latent_format=type(kind, (), {})())
-        notes = feature.begin(Run((feature,), None, base, {}, None)).notes
+        patcher = SimpleNamespace(get_model_object={"latent_format": type(kind, (), {})()}.get)
+        notes = feature.begin(Run((feature,), None, None, {}, None, patcher=patcher)).notes
         assert len(notes) == noted and all("this MODEL's is SDXL" in note for note in notes)
