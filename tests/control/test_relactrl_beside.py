@@ -112,7 +112,7 @@ def test_what_it_holds_counts_in_the_memory_estimate():
     patched = controlled(model)
     feature = patched.model_options["transformer_options"][FEATURES][-1]
     base = model.model
-    run = Run((feature,), None, base, {}, archs.find(base.diffusion_model), dtype=torch.float32)
+    run = Run((feature,), None, base, {}, archs.find(base.diffusion_model), patcher=model, dtype=torch.float32)
     run.states[feature] = feature.begin(run)
     told = feature.held_bytes(run, (1, 4, 32, 40), {"positive": [{}], "negative": [{}]})
     tokens, size = 320, 4
