@@ -125,9 +125,8 @@ def install(forward, options: dict[str, Any]) -> None:
 def eager(hook, options: dict[str, Any]):
     """Under torch.compile, by core's node or as object patches, a hook whose decisions change between steps must stay out
     of the graph."""
-    patches = getattr(getattr(options.get(RUN), "patcher", None), "object_patches", {})
-    compiled = any("torch.compile" in keys for keys in options.get("wrappers", {}).values())
-    compiled = compiled or any(archs.original(part) is not part for part in patches.values())
+    compiled = getattr(options.get(RUN), "compiled", False)
+    compiled = compiled or any("torch.compile" in keys for keys in options.get("wrappers", {}).values())
     return torch.compiler.disable(hook) if compiled else hook
 
 

@@ -154,8 +154,9 @@ def _side(label: str, model, runs: list[Outcome]) -> dict[str, Any]:
     record = runs[0].record
     features = [f for f in record["features"] if f["name"] != "Meter"]
     facts = [f["facts"] for f in features]
-    arch = archs.find(model.get_model_object("diffusion_model"))
-    stack = len(positions(arch, model.get_model_object("diffusion_model"))) if arch else None
+    network = model.get_model_object("diffusion_model")
+    arch = archs.find(network)
+    stack = len(positions(arch, network)) if arch else None
     skipped = sum(f.get("blocks_skipped", 0) for f in facts)
     computed = [f["blocks_computed"] for f in facts if "blocks_computed" in f]
     total = record["forwards"] * stack if stack else None

@@ -11,9 +11,10 @@ def check(present, feature, model) -> None:
         conflict = feature.conflicts(other) or other.conflicts(feature)
         if conflict:
             raise refusal(conflict)
-    arch = archs.find(model.get_model_object("diffusion_model"))
-    feature.check_arch(arch, archs.class_name(model.get_model_object("diffusion_model")))
-    feature.check_model(arch, model.get_model_object("diffusion_model"))
+    network = model.get_model_object("diffusion_model")
+    arch = archs.find(network)
+    feature.check_arch(arch, archs.class_name(network))
+    feature.check_model(arch, network)
 
 
 def joins(present, feature, model) -> None:

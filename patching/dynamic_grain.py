@@ -286,10 +286,7 @@ def _with_mass(options: dict[str, Any], block: BlockPosition, image: Place, grai
 def parameters_of(diffusion_model: Any, block: BlockPosition) -> float:
     """Weights of a block that multiply one image token, all but those that modulate; half where text has its own."""
     module = archs.block_modules(diffusion_model, block.spec)[block.index][1]
-    apart = [
-        m
-        for n, m in module.named_modules()
-        if (name := plain_name(n)) and ("mod" in name.lower() or "adaln" in name.lower())
-    ]
+    named = [(plain_name(name).lower(), part) for name, part in module.named_modules()]
+    apart = [part for name, part in named if "mod" in name or "adaln" in name]
     weights = parameters(module) - sum(m.in_features * m.out_features for m in apart if hasattr(m, "in_features"))
     return weights / len(block.spec.streams)

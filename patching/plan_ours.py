@@ -48,8 +48,9 @@ def ordered(stage: str, features: list[Any]) -> list[Any]:
 
 
 def row(feature: Feature, stage: str, model: Any) -> Row:
-    arch = archs.find(model.get_model_object("diffusion_model"))
-    stack = positions(arch, model.get_model_object("diffusion_model")) if arch is not None else []
+    network = model.get_model_object("diffusion_model")
+    arch = archs.find(network)
+    stack = positions(arch, network) if arch is not None else []
     percent = getattr(feature, "sigma_percent", None) or getattr(feature, "percents", None)
     if percent is None and hasattr(feature, "end_percent"):
         percent = (0.0, feature.end_percent)

@@ -63,12 +63,9 @@ def quantized(model: Any, told: dict[str, Any], time: dict[str, float]) -> list[
         return []
     network = model.get_model_object("diffusion_model")
     arch = archs.find(network)
-    if (
-        hasattr(type(archs.original(network)), "bridged")
-        or not select(
-            {plain_name(n): w for n, w in network.state_dict().items()}, "" if arch is None else arch.home, None
-        ).chosen
-    ):
+    weights = {plain_name(name): weight for name, weight in network.state_dict().items()}
+    chosen = select(weights, "" if arch is None else arch.home, None).chosen
+    if hasattr(type(archs.original(network)), "bridged") or not chosen:
         return []
     why = f"linear layers are {time['linear']:.0%} of a step" if products else "the weights do not fit on the device"
     return [{"node": "Quantize Model", "why": f"{why}, in {told['weight_dtype']}; fp8 or 4 bits make them smaller"}]

@@ -102,10 +102,8 @@ class Shapes:
     """Stands in for the forward of a model's network while shapes are counted. Raises Untold."""
 
     def __init__(self, model: Any, arch):
-        network, config = (
-            archs.original(model.get_model_object("diffusion_model")),
-            dict(model.model.model_config.unet_config),
-        )
+        network = archs.original(model.get_model_object("diffusion_model"))
+        config = dict(model.model.model_config.unet_config)
         if config.pop("disable_unet_model_creation", False):
             raise Untold("this network was not built by ComfyUI")
         config["dtype"] = compute_dtype(model)

@@ -19,7 +19,7 @@ from .live import Live
 from .pictures import Sketch
 from .plan_words import feature_words
 from .report import Ledger, publish
-from .sizes import compute_dtype
+from .sizes import compute_dtype, holds_compiled
 from .timeline import Timeline
 
 log = logging.getLogger("tessera")
@@ -130,6 +130,7 @@ class Run:
     device: torch.device | None = None  # that the model runs on
     dtype: torch.dtype | None = None  # that it computes in
     sampling: Any = None  # its model_sampling, with the shift of this MODEL
+    compiled: bool = False  # whether object patches of it are compiled
     timeline: Timeline = field(default_factory=Timeline)
     live: Live = field(default_factory=Live)
 
@@ -259,7 +260,7 @@ def run_once(
     arch = archs.find(patcher.get_model_object("diffusion_model"))
     run = Run(features, clock, patcher.model, options, arch, sampler=sampler, patcher=patcher)
     run.device, run.dtype = getattr(patcher, "load_device", None), compute_dtype(patcher)
-    run.sampling = patcher.get_model_object("model_sampling")
+    run.sampling, run.compiled = patcher.get_model_object("model_sampling"), holds_compiled(patcher)
     run.latent_shapes = tuple(tuple(shape) for shape in kwargs.get("latent_shapes") or ())
     options[RUN] = run
     ended, made, record = "error", None, {}
@@ -281,8 +282,7 @@ def run_once(
         options.pop(RUN, None)
         try:
             patches, ledger = str(getattr(patcher, "patches_uuid", "")), options.get(LEDGER) if told else None
-            result = first_part(made, kwargs.get("latent_shapes"))
-            record = publish(run, ended, ledger, patches, result, owners or features, told)
+            record = publish(run, ended, ledger, patches, first_part(made, run.latent_shapes), owners or features, told)
         except Exception:  # a report must not replace the run's own result or error
             log.exception("Tessera: the report of this run could not be written")
         run.states.clear()

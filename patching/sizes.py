@@ -27,6 +27,11 @@ def compute_dtype(patcher: Any) -> torch.dtype:
     return patcher.get_model_object("manual_cast_dtype") or patcher.model.get_dtype()
 
 
+def holds_compiled(patcher: Any) -> bool:
+    """Whether object patches put the network, or modules of it, through torch.compile."""
+    return any(archs.original(part) is not part for part in patcher.object_patches.values())
+
+
 def fingerprint(model: Any) -> str:
     """Names and shapes of the weights of a MODEL (or of a network) and a few values of the biases and scales, as 16
     hexadecimal digits: the same file gives the same ones in another process, in bfloat16 or above, and under a LoRA, loaded

@@ -44,16 +44,8 @@ def test_runs_with_changed_inputs_and_saves_the_pictures(server, tmp_path):
 def test_report_of_the_run_is_written_as_json(server, tmp_path):
     if not any(n["class_type"] == "TesseraRunReport" for n in json.loads(GRAPH.read_text()).values()):
         pytest.fail("digits_image has no Run Report to read")
-    done = run(
-        server,
-        tmp_path,
-        "--set",
-        "KSampler.steps=3",
-        "--set",
-        "Compare.repeats=1",
-        "--report",
-        str(tmp_path / "report.json"),
-    )
+    done = run(server, tmp_path, "--set", "KSampler.steps=3", "--set", "Compare.repeats=1", "--report",
+               str(tmp_path / "report.json"))  # fmt: skip
     assert done.returncode == 0, done.stderr
     reports = [r for records in json.loads((tmp_path / "report.json").read_text()).values() for r in records]
     (run_report,) = (r for r in reports if "ended" in r)
